@@ -1,0 +1,354 @@
+"""A language model with Mixture-of-Depths Attention (MoDA, arXiv 2603.15619), in one file.
+
+A Transformer carries everything in one residual stream, and what a shallow layer wrote is diluted by every later
+addition. MoDA keeps a second, *undiluted* path: each sublayer also writes one key and one value per position into a
+depth stream, and every later layer's queries read that stream, at their own position, under the same softmax as the
+sequence. One layer, in the order of the code:
+
+    project -> rotate -> attend over [sequence | depth] -> write a slot -> FFN -> write a slot
+
+Shapes: B batch, T positions, n_slot depth slots that a layer reads, group = n_head // n_kv_head.
+The operator itself lives in kernel.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernel import moda_attention, moda_attention_weights
+
+# -------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class MoDAConfig:
+    """Shape and variant of a model. Raises ValueError for combinations that cannot work.
+
+    Rows of the paper's Table 3: 1 is depth_kv=ffn_kv=False, 3 is ffn_kv=False, 4 the default, 5 is attn_kv=True.
+    """
+
+    block_size: int  # longest sequence, in tokens
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int  # grouped-query attention: n_head // n_kv_head query heads share one KV head
+    n_embd: int
+    n_hidden: int | None = None  # width of the SwiGLU; None: 4 * n_embd
+    norm: str = "post"  # "post": x = norm(x + f(x)), the paper's choice; "pre": x = x + f(norm(x))
+    qk_norm: bool = True  # RMSNorm of every query and key head
+    bias: bool = False
+    rope_theta: float = 10_000.0
+    depth_kv: bool = True  # queries also read earlier layers' KV; the attention slot reuses the sequence K and V
+    ffn_kv: bool = True  # the FFN writes a slot too, projected from its input
+    attn_kv: bool = False  # the attention slot has a K, V projection of its own
+    depth_rope: bool = True  # rotate depth keys like queries: one position's rotations cancel in the depth logit
+    depth_window: int | None = None  # read only the most recent N slots (paper, section 6.2); None: all
+
+    def __post_init__(self):
+        for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "depth_window"):
+            value = getattr(self, field)
+            optional = field in ("n_hidden", "depth_window") and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.head_dim % 2:
+            raise ValueError(f"n_embd // n_head ({self.head_dim}) must be even: rotary embedding turns pairs")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f'norm must be "pre" or "post", got {self.norm!r}')
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be positive, got {self.rope_theta!r}")
+        for field in ("ffn_kv", "attn_kv"):
+            if getattr(self, field) and not self.depth_kv:
+                raise ValueError(f"{field}=True needs depth_kv=True: without it nobody reads the slot")
+        if self.depth_window is not None and not self.depth_kv:
+            raise ValueError("depth_window needs depth_kv=True: without it there are no slots")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden(self):
+        return 4 * self.n_embd if self.n_hidden is None else self.n_hidden
+
+    def slot_names(self, layer):
+        """The slots that layer `layer` (from 0) reads, oldest first: ["attn 0", "ffn 0", "attn 1", ...]."""
+        if not 0 <= layer < self.n_layer:
+            raise ValueError(f"layer must be from 0 to {self.n_layer - 1}, got {layer}")
+        kinds = ["attn"] * self.depth_kv + ["ffn"] * self.ffn_kv
+        names = [f"{kind} {source}" for source in range(layer) for kind in kinds]
+        return names if self.depth_window is None else names[-self.depth_window :]
+
+    def is_read(self, kind, layer):
+        """Whether anyone reads the slot that `kind` ("attn" or "ffn") of `layer` writes. If the next layer does not,
+        nobody does: windows only move on. What nobody reads is neither projected nor written."""
+        return layer + 1 < self.n_layer and f"{kind} {layer}" in self.slot_names(layer + 1)
+
+
+PRESETS = {
+    # trains on a laptop CPU in about two minutes
+    "tiny": MoDAConfig(block_size=256, vocab_size=2048, n_layer=6, n_head=4, n_kv_head=2, n_embd=128),
+    # deep and narrow: for looking at where layers look
+    "deep": MoDAConfig(block_size=256, vocab_size=2048, n_layer=16, n_head=4, n_kv_head=2, n_embd=128),
+    # the paper's Table 6 and Table 3
+    "paper-24l": MoDAConfig(512, 50_304, n_layer=24, n_head=6, n_kv_head=2, n_embd=384, bias=True),
+    "paper-48l": MoDAConfig(512, 50_304, n_layer=48, n_head=6, n_kv_head=2, n_embd=384, bias=True),
+    "paper-700m": MoDAConfig(4096, 100_352, n_layer=36, n_head=16, n_kv_head=8, n_embd=1024),
+}
+
+
+def flops(config, T):
+    """Floating-point operations of one forward pass over T tokens (paper, Table 3): 2 per multiply-add, the full T x T
+    attention not halved for causality, LM head counted, norms and other elementwise work not. Needs no weights."""
+    c, kv_dim = config, config.n_kv_head * config.head_dim
+    layer = 2 * c.n_embd**2 + 2 * c.n_embd * kv_dim + 3 * c.n_embd * c.hidden  # wq, wo, wk, wv, SwiGLU
+    kinds = ["attn"] * c.attn_kv + ["ffn"] * c.ffn_kv  # slots with a projection of their own
+    n_extra = sum(c.is_read(kind, i) for i in range(c.n_layer) for kind in kinds)
+    weights = c.n_layer * layer + n_extra * 2 * c.n_embd * kv_dim + c.n_embd * c.vocab_size
+    keys = sum(T + len(c.slot_names(i)) for i in range(c.n_layer))  # that one query sees, over all layers
+    return 2 * T * weights + 4 * T * keys * c.n_embd
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+class DepthStream:
+    """The slots written so far in one forward pass, oldest first; a slot is one K and one V (B, n_kv_head, T, head_dim).
+
+    It lives as long as the forward pass: depth KV is only ever read at its own position, so cached decoding has
+    nothing to remember here.
+    """
+
+    def __init__(self):
+        self.k, self.v = [], []
+
+    def write(self, k, v):
+        self.k.append(k)
+        self.v.append(v)
+
+    def read(self, n_slot):
+        """depth_k, depth_v (n_slot, B, n_kv_head, T, head_dim): the most recent n_slot slots, or (None, None)."""
+        if n_slot == 0:
+            return None, None
+        return torch.stack(self.k[-n_slot:]), torch.stack(self.v[-n_slot:])
+
+
+class KVCache:
+    """Sequence keys and values of every layer while generating. Nothing for depth: see DepthStream."""
+
+    def __init__(self, config, B):
+        self.shape = (config.n_layer, B, config.n_kv_head, config.block_size, config.head_dim)
+        self.length, self.k, self.v = 0, None, None  # allocated by the first append, which knows dtype and device
+
+    def append(self, layer, k, v):
+        """Store k, v (B, n_kv_head, T, head_dim) of new positions; return all the layer's keys and values so far."""
+        if self.k is None:
+            self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
+        stop = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : stop] = k
+        self.v[layer, :, :, self.length : stop] = v
+        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding: turn the pair (x[i], x[i + head_dim / 2]) of x (B, n, T, head_dim) by angle i of its position."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class KVProjection(nn.Module):
+    """A key and a value per position. The sequence KV, and each slot that does not reuse it, is one of these."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_kv_head = config.n_kv_head
+        self.wk = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
+        self.wv = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
+
+    def forward(self, x):
+        k, v = (w(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2) for w in (self.wk, self.wv))
+        return k, v  # (B, n_kv_head, T, head_dim) each
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.down = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, n_embd)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over [sequence | depth], and the writing of both of its layer's slots."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        c = self.config = config
+        self.layer, self.n_slot = layer, len(c.slot_names(layer))
+        self.wq = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.kv = KVProjection(c)
+        self.wo = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.q_norm = nn.RMSNorm(c.head_dim) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim) if c.qk_norm else nn.Identity()  # for the slots of this layer too
+        self.writes = {kind: c.is_read(kind, layer) for kind in ("attn", "ffn")}
+        self.attn_kv = KVProjection(c) if c.attn_kv and self.writes["attn"] else None
+        self.ffn_kv = KVProjection(c) if self.writes["ffn"] else None
+
+    def write(self, stream, k, v, rope):
+        """Normalise and rotate a slot's keys once, here, so that no reader has to."""
+        k = self.k_norm(k)
+        stream.write((rotate(k, *rope) if self.config.depth_rope else k).to(v.dtype), v)
+
+    def forward(self, x, rope, stream, cache=None, maps=None, impl=None):
+        q = self.wq(x).unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k, v = self.kv(x)  # (B, n_kv_head, T, head_dim)
+        q, k_seq = rotate(self.q_norm(q), *rope).to(v.dtype), rotate(self.k_norm(k), *rope).to(v.dtype)
+        keys, values = (k_seq, v) if cache is None else cache.append(self.layer, k_seq, v)
+
+        depth_k, depth_v = stream.read(self.n_slot)  # (n_slot, B, n_kv_head, T, head_dim)
+        o = moda_attention(q, keys, values, depth_k, depth_v, impl=impl)  # (B, n_head, T, head_dim)
+        if maps is not None:
+            maps.append(moda_attention_weights(q, keys, depth_k)[0])  # (B, n_head, T, T + n_slot)
+
+        if self.attn_kv is not None:
+            self.write(stream, *self.attn_kv(x), rope)
+        elif self.writes["attn"]:
+            stream.write(k_seq, v) if self.config.depth_rope else self.write(stream, k, v, rope)
+        return self.wo(o.transpose(1, 2).flatten(2))  # (B, T, n_embd)
+
+
+class Block(nn.Module):
+    """One layer. Post-norm: x = norm(x + f(x)); pre-norm: x = x + f(norm(x))."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.pre = config.norm == "pre"
+        self.attn, self.ffn = Attention(config, layer), SwiGLU(config)
+        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.n_embd), nn.RMSNorm(config.n_embd)
+
+    def forward(self, x, rope, stream, cache=None, maps=None, impl=None):
+        h = self.attn_norm(x) if self.pre else x
+        x = x + self.attn(h, rope, stream, cache, maps, impl)
+        x = x if self.pre else self.attn_norm(x)
+
+        h = self.ffn_norm(x) if self.pre else x
+        if self.attn.ffn_kv is not None:
+            self.attn.write(stream, *self.attn.ffn_kv(h), rope)  # from what the FFN reads, not from what it returns
+        x = x + self.ffn(h)
+        return x if self.pre else self.ffn_norm(x)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+class MoDA(nn.Module):
+    """Decoder-only language model: RMSNorm, rotary positions, QK-norm, SwiGLU, grouped queries, tied embedding.
+
+    impl: which implementation of the attention to use, see `kernel.moda_attention`.
+    """
+
+    def __init__(self, config, impl=None):
+        super().__init__()
+        self.config, self.impl = config, impl
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and, transposed, the LM head
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd) if config.norm == "pre" else nn.Identity()
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), config.rope_theta**-exponent)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)  # (block_size, head_dim / 2)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:  # the projections back into the residual stream start smaller, as 2 * n_layer add up
+                out = name.endswith(("wo.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if out else 0.02)
+
+    def _hidden(self, idx, cache=None, maps=None):
+        """idx (B, T) -> (B, T, n_embd), the input of the LM head."""
+        if idx.dim() != 2 or idx.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"idx must be integer token ids (B, T), got {idx.dtype} {tuple(idx.shape)}")
+        start = cache.length if cache is not None else 0
+        stop = start + idx.shape[1]
+        if idx.numel() == 0:
+            raise ValueError(f"idx is empty: {tuple(idx.shape)}")
+        if stop > self.config.block_size:
+            raise ValueError(f"{stop} positions exceed block_size ({self.config.block_size})")
+        rope, stream = (self.cos[start:stop], self.sin[start:stop]), DepthStream()
+        x = self.embed(idx)  # (B, T, n_embd)
+        for block in self.blocks:
+            x = block(x, rope, stream, cache, maps, self.impl)
+        if cache is not None:
+            cache.length = stop
+        return self.norm(x)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) token ids, T <= block_size; targets (B, T) or None, positions with -1 are left out of the loss.
+
+        Returns (logits (B, T, vocab_size), mean cross-entropy in nats per token or None). Raises ValueError for empty
+        or too long input, or ids that are not integers.
+        """
+        logits = F.linear(self._hidden(idx), self.embed.weight)  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        if targets.shape != idx.shape:
+            raise ValueError(f"targets {tuple(targets.shape)} must have the shape of idx {tuple(idx.shape)}")
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
+        """Continue idx (B, T) by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token; top_k samples among the k likeliest. When the context outgrows
+        block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a cache:
+        a sliding cache would not equal the model without one, as deep keys still carry what was dropped.
+        """
+        if temperature < 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+            got = f"got {temperature}, {max_new_tokens} and {top_k}"
+            raise ValueError(f"need temperature >= 0, max_new_tokens >= 0 and top_k >= 1 or None, {got}")
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(f"generation needs a prompt (B, T) of at least one token, got {tuple(idx.shape)}")
+        context, cache = idx, None
+        for _ in range(max_new_tokens):
+            if context.shape[1] > self.config.block_size:
+                context, cache = context[:, -max(1, self.config.block_size // 2) :], None
+            if use_cache and cache is None:
+                cache = KVCache(self.config, idx.shape[0])
+            hidden = self._hidden(context[:, cache.length :] if use_cache else context, cache)
+            logits = F.linear(hidden[:, -1], self.embed.weight)  # (B, vocab_size)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, float("-inf"))
+                new = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
+            context, idx = torch.cat([context, new], dim=1), torch.cat([idx, new], dim=1)
+        return idx
+
+    @torch.no_grad()
+    def attention_maps(self, idx):
+        """Where every layer looks (the paper's Figure 5): a list over layers of (B, n_head, T, T + n_slot), rows summing
+        to 1, sequence columns first, then the depth slots in the order of `slot_names(layer)`. Needs O(T * T) memory."""
+        maps = []
+        self._hidden(idx, maps=maps)
+        return maps
+
+    def slot_names(self, layer):
+        """The slots that layer `layer` (from 0) reads, oldest first: ["attn 0", "ffn 0", "attn 1", ...]."""
+        return self.config.slot_names(layer)
+
+    def num_params(self):
+        """Parameters, the tied embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    flops = staticmethod(flops)
