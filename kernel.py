@@ -9,15 +9,27 @@ the causal *sequence* KV of its own layer, and the *depth* KV: what S earlier su
 position t. Shapes, here and everywhere in this repository:
 
     q                  (B, n_head,    T_q,  head_dim)
-    k, v               (B, n_kv_head, T_kv, head_dim)        head h reads kv head h // group, group = n_head // n_kv_head
-    depth_k, depth_v   (n_slot, B, n_kv_head, T_q, head_dim)  slot-major: a slot is the K or V tensor one sublayer wrote
+    k, v               (B, n_kv_head, T_kv, head_dim)         head h reads kv head h // group
+    depth_k, depth_v   (n_slot, B, n_kv_head, T_q, head_dim)  slot-major: a slot is the K or V one sublayer wrote
     lse                (B, n_head, T_q)                       log-sum-exp of z, natural logarithm
 
-Read `moda_attention_reference` for the mathematics. Everything below it computes the same function faster.
+with group = n_head // n_kv_head. `moda_attention` at the bottom is what to call. Read top to bottom: the equation;
+the sequence half, left to PyTorch's fused attention; the depth half in plain PyTorch; the depth half and the whole of
+the paper's Algorithm 1 in Triton; the operator.
 """
+
+import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: everything but the Triton kernels works
+    triton, tl = None, SimpleNamespace(constexpr=None)  # their signatures still have to read
 
 aten = torch.ops.aten
 
@@ -31,7 +43,7 @@ def moda_attention_weights(q, k, depth_k=None, *, causal=True, scale=None):
     Arguments as in `moda_attention`. Returns (p, lse): p (B, n_head, T_q, T_kv + n_slot), whose rows sum to 1,
     sequence columns first; lse (B, n_head, T_q). Both in float32, or in float64 for float64 inputs.
     """
-    B, n_head, T_q, head_dim = q.shape
+    n_head, T_q, head_dim = q.shape[1:]
     n_kv_head, T_kv = k.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -94,27 +106,76 @@ def _check(q, k, v, depth_k, depth_v, causal):
 # ------------------------------------------------------------------- the sequence half: PyTorch's fused attention
 #
 # FlashAttention returns (o, lse). That is an online-softmax state: running maximum lse, denominator 1, accumulator o.
-# So a loop over more keys, here the depth slots, can simply go on from it (paper, Algorithm 1, lines after the
-# sequence loops). The backward needs even less: it recomputes P = exp(z - lse) and delta = rowsum(do * o) from the o
-# and lse it is GIVEN. Give it the JOINT o and lse, and its dq, dk, dv are the sequence half of MoDA's gradients.
+# So a loop over more keys, here the depth slots, can simply go on from it. The backward needs even less: it recomputes
+# P = exp(z - lse) and delta = rowsum(do * o) from the o and lse it is GIVEN. Give it the JOINT o and lse, and its
+# dq, dk, dv are the sequence half of MoDA's gradients.
 
 
-def _backend(q, k, v):
-    """Name of the fused attention behind PyTorch's SDPA that takes these inputs, or None."""
+def _has_fused(q):
+    """Whether PyTorch has a fused attention that returns its lse for the device, dtype and head_dim of q."""
     if q.device.type == "cpu":
-        return "cpu" if q.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) else None
-    return None
+        return q.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return q.device.type == "cuda" and q.dtype != torch.float64 and q.shape[-1] <= 256
+
+
+def _backend(q, k, v, causal):
+    """The fastest of PyTorch's fused attentions that takes these inputs; `torch.nn.attention.sdpa_kernel` limits it."""
+    if q.device.type == "cpu":
+        return "cpu"
+    params = SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    # cuDNN builds a plan for every new shape, which takes longer than attention itself: for shapes that recur only
+    steady = q.shape[2] == k.shape[2] and q.shape[2] % 64 == 0 and q.shape[3] <= 128
+    if steady and can_use_cudnn_attention(params):
+        return "cudnn"
+    return "flash" if can_use_flash_attention(params) else "efficient"
+
+
+# cuDNN's plans are cached by the shapes and strides of q, k, v, but (torch <= 2.13) not by those of o and do: whoever
+# comes second with other strides silently gets wrong gradients. So o and do always go in laid out like q, and the plans
+# are our own: the dropout probability is part of the key byte by byte, where -0.0, just as much no dropout, differs
+# from everybody else's 0.0.
+_CUDNN_DROPOUT = -0.0
 
 
 def _sdpa_forward(q, k, v, causal, scale):
     """o (B, n_head, T_q, head_dim), lse (B, n_head, T_q) of attention on the sequence keys alone."""
-    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return o, lse
+    match _backend(q, k, v, causal):
+        case "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        case "cudnn":
+            dropout = _CUDNN_DROPOUT
+            o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, dropout, causal, scale=scale)[:2]
+            return o, lse.squeeze(-1)
+        case "flash":
+            return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        case "efficient":  # knows no grouped heads, and pads its lse
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+            return o, lse[:, :, : q.shape[2]]
 
 
 def _sdpa_backward(do, q, k, v, o, lse, causal, scale):
     """dq, dk, dv through P = exp(z - lse) and delta = rowsum(do * o), whatever softmax o and lse came from."""
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
+    T_q, T_kv = q.shape[2], k.shape[2]
+    seed = torch.empty(0, dtype=torch.int64, device=q.device)  # of the dropout that nobody does
+    match _backend(q, k, v, causal):
+        case "cpu":
+            op = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            return op(do, q, k, v, o, lse, 0.0, causal, scale=scale)
+        case "cudnn":
+            op = aten._scaled_dot_product_cudnn_attention_backward
+            args = (seed, seed, None, None, None, T_q, T_kv, _CUDNN_DROPOUT, causal)
+            return op(do, q, k, v, o, lse.unsqueeze(-1), *args, scale=scale)
+        case "flash":
+            op = aten._scaled_dot_product_flash_attention_backward
+            return op(do, q, k, v, o, lse, None, None, T_q, T_kv, 0.0, causal, seed, seed, scale=scale)
+        case "efficient":
+            op = aten._scaled_dot_product_efficient_attention_backward
+            group = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+            lse = F.pad(lse, (0, -T_q % 32))
+            grads = op(do, q, k, v, None, o, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale)
+            return grads[0], *(g.unflatten(1, (-1, group)).sum(2) for g in grads[1:3])
 
 
 def _key_blocks(T_q, T_kv, causal):
@@ -176,7 +237,8 @@ def _depth_forward_torch(q, depth_k, depth_v, o, lse, scale):
 def _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale):
     """dq (the depth part), ddepth_k, ddepth_v from the joint o and lse."""
     n_kv_head = depth_k.shape[2]
-    q_, do_, k_, v_ = _by_token(q, n_kv_head), _by_token(do, n_kv_head), _slots_by_token(depth_k), _slots_by_token(depth_v)
+    q_, do_ = _by_token(q, n_kv_head), _by_token(do, n_kv_head)  # (B, n_kv_head, T_q, group, head_dim)
+    k_, v_ = _slots_by_token(depth_k), _slots_by_token(depth_v)  # (B, n_kv_head, T_q, n_slot, head_dim)
     delta = (do_ * _by_token(o, n_kv_head)).sum(-1, keepdim=True)  # (B, n_kv_head, T_q, group, 1)
     p = (q_ @ k_.mT * scale - _by_token(lse, n_kv_head).unsqueeze(-1)).exp()  # (B, n_kv_head, T_q, group, n_slot)
     dz = p * (do_ @ v_.mT - delta) * scale
@@ -184,20 +246,253 @@ def _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale):
     return (dz @ k_).transpose(2, 3).flatten(1, 2).to(q.dtype), ddepth_k, ddepth_v
 
 
+# ------------------------------------------------------------------------------------------- Algorithm 1, in Triton
+#
+# A program owns BLOCK_M rows of q that read one kv head: the `group` heads of one token side by side, so that row i
+# belongs to token t0 + i // GROUP, and one load of a key serves all the heads that read it. For the slots of its
+# tokens the columns are counted slot by slot: column c is slot c // BLOCK_T of token t0 + c % BLOCK_T. A row wants
+# one column in BLOCK_T; the others are computed and masked. So a small tile wastes least, and 16 rows, the fewest
+# that a matrix unit takes, are enough: the depth half does little arithmetic on many bytes.
+#
+# `jit` is an identity where there is no Triton, so that this file imports everywhere.
+
+jit = triton.jit if triton else lambda fn: fn
+
+
+@jit
+def _softmax_step(z, v, m, acc, o):
+    """One step of the online softmax: logits z (BLOCK_M, BLOCK_N) in base 2, values v (BLOCK_N, D)."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    p, rescale = tl.exp2(z - m_new[:, None]), tl.exp2(m - m_new)
+    return m_new, acc * rescale + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
+
+
+@jit
+def _forward_kernel(
+    q, k, v, depth_k, depth_v, o, lse,  # pointers; o and lse are read too, if CONTINUE
+    q_stride, k_stride, v_stride, depth_k_stride, depth_v_stride, o_stride,  # without the last dimension, whose is 1
+    n_head, T_q, T_kv, n_slot, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,  # D: head_dim rounded up to a power of two
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CONTINUE: tl.constexpr,
+):  # fmt: skip
+    """The paper's Algorithm 1: sequence keys without mask, boundary keys with the causal mask, depth slots with the
+    same-token mask, all into one state (m, acc, o). With CONTINUE the state is FlashAttention's, and only the third
+    loop runs. The last blocks have the most keys, so they go first."""
+    LN2: tl.constexpr = 0.6931471805599453
+    BLOCK_T: tl.constexpr = BLOCK_M // GROUP  # tokens of this program
+    t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T
+    n_kv_head = n_head // GROUP
+    b, kv_head = (tl.program_id(1) // n_kv_head).to(tl.int64), (tl.program_id(1) % n_kv_head).to(tl.int64)
+
+    row, col, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    token, head = (t0 + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    in_dim = dim < HEAD_DIM
+    in_row = (row < BLOCK_T * GROUP) & (token < T_q)
+    in_tile = in_row[:, None] & in_dim[None, :]
+
+    q_row = q + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
+    o_row = o + b * o_stride[0] + head * o_stride[1] + token * o_stride[2]
+    lse_row = lse + (b * n_head + head) * T_q + token
+    q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
+
+    if CONTINUE:
+        m = tl.load(lse_row, mask=in_row, other=0.0) / LN2
+        acc = tl.full([BLOCK_M], 1.0, tl.float32)
+        o_tile = tl.load(o_row[:, None] + dim[None, :], mask=in_tile, other=0.0).to(tl.float32)
+    else:
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        acc = tl.zeros([BLOCK_M], tl.float32)
+        o_tile = tl.zeros([BLOCK_M, D], tl.float32)
+        k_head = k + b * k_stride[0] + kv_head * k_stride[1]
+        v_head = v + b * v_stride[0] + kv_head * v_stride[1]
+        position = token + (T_kv - T_q)  # the queries are the last T_q positions
+        if CAUSAL:
+            n_seen = tl.minimum(t0 + (T_kv - T_q) + BLOCK_T, T_kv)  # by the last token of the block
+            n_full = (t0 + (T_kv - T_q) + 1) // BLOCK_N * BLOCK_N  # whole blocks that its first token sees
+        else:
+            n_seen = T_kv
+            n_full = T_kv // BLOCK_N * BLOCK_N
+
+        for start in range(0, n_full, BLOCK_N):  # (1) no mask
+            at = (start + col).to(tl.int64)
+            k_tile = tl.load(k_head + at[None, :] * k_stride[2] + dim[:, None], mask=in_dim[:, None], other=0.0)
+            v_tile = tl.load(v_head + at[:, None] * v_stride[2] + dim[None, :], mask=in_dim[None, :], other=0.0)
+            z = tl.dot(q_tile, k_tile, input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+            m, acc, o_tile = _softmax_step(z, v_tile, m, acc, o_tile)
+
+        for start in range(n_full, n_seen, BLOCK_N):  # (2) the boundary
+            at = (start + col).to(tl.int64)
+            seen = at < T_kv
+            in_k, in_v = in_dim[:, None] & seen[None, :], in_dim[None, :] & seen[:, None]
+            k_tile = tl.load(k_head + at[None, :] * k_stride[2] + dim[:, None], mask=in_k, other=0.0)
+            v_tile = tl.load(v_head + at[:, None] * v_stride[2] + dim[None, :], mask=in_v, other=0.0)
+            z = tl.dot(q_tile, k_tile, input_precision="ieee") * scale_log2
+            visible = seen[None, :] & (position[:, None] >= at[None, :]) if CAUSAL else seen[None, :]
+            m, acc, o_tile = _softmax_step(tl.where(visible, z, float("-inf")), v_tile, m, acc, o_tile)
+
+    k_slots = depth_k + b * depth_k_stride[1] + kv_head * depth_k_stride[2]
+    v_slots = depth_v + b * depth_v_stride[1] + kv_head * depth_v_stride[2]
+    for start in range(0, n_slot * BLOCK_T, BLOCK_N):  # (3) the depth slots
+        slot, source = ((start + col) // BLOCK_T).to(tl.int64), (t0 + (start + col) % BLOCK_T).to(tl.int64)
+        seen = (slot < n_slot) & (source < T_q)
+        in_k, in_v = in_dim[:, None] & seen[None, :], in_dim[None, :] & seen[:, None]
+        k_col = k_slots + slot * depth_k_stride[0] + source * depth_k_stride[3]
+        v_col = v_slots + slot * depth_v_stride[0] + source * depth_v_stride[3]
+        k_tile = tl.load(k_col[None, :] + dim[:, None], mask=in_k, other=0.0)  # (D, BLOCK_N)
+        v_tile = tl.load(v_col[:, None] + dim[None, :], mask=in_v, other=0.0)  # (BLOCK_N, D)
+        z = tl.dot(q_tile, k_tile, input_precision="ieee") * scale_log2
+        same_token = seen[None, :] & (token[:, None] == source[None, :])
+        m, acc, o_tile = _softmax_step(tl.where(same_token, z, float("-inf")), v_tile, m, acc, o_tile)
+
+    tl.store(o_row[:, None] + dim[None, :], (o_tile / acc[:, None]).to(o.dtype.element_ty), mask=in_tile)
+    tl.store(lse_row, (m + tl.log2(acc)) * LN2, mask=in_row)
+
+
+@jit
+def _backward_kernel(
+    do, q, depth_k, depth_v, o, lse, dq, ddepth_k, ddepth_v,  # pointers; dq holds the sequence half already
+    do_stride, q_stride, depth_k_stride, depth_v_stride, o_stride, dq_stride, ddepth_k_stride, ddepth_v_stride,
+    n_head, T_q, n_slot, scale, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the depth half, in one pass over the slots: a slot's K and V at a token are read by that token's
+    own rows only, all of them in this program, so dK and dV are finished and stored as they are met, with no atomics,
+    and dq is added to the sequence half's."""
+    LN2: tl.constexpr = 0.6931471805599453
+    BLOCK_T: tl.constexpr = BLOCK_M // GROUP
+    t0 = tl.program_id(0) * BLOCK_T
+    n_kv_head = n_head // GROUP
+    b, kv_head = (tl.program_id(1) // n_kv_head).to(tl.int64), (tl.program_id(1) % n_kv_head).to(tl.int64)
+
+    row, col, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    token, head = (t0 + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    in_dim = dim < HEAD_DIM
+    in_row = (row < BLOCK_T * GROUP) & (token < T_q)
+    in_tile = in_row[:, None] & in_dim[None, :]
+
+    q_row = q + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
+    o_row = o + b * o_stride[0] + head * o_stride[1] + token * o_stride[2]
+    do_row = do + b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
+    dq_row = dq + b * dq_stride[0] + head * dq_stride[1] + token * dq_stride[2]
+    q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
+    do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
+    o_tile = tl.load(o_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
+    dq_tile = tl.load(dq_row[:, None] + dim[None, :], mask=in_tile, other=0.0).to(tl.float32)
+    lse_log2 = tl.load(lse + (b * n_head + head) * T_q + token, mask=in_row, other=0.0) / LN2
+    delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)  # (BLOCK_M,)
+
+    k_slots = depth_k + b * depth_k_stride[1] + kv_head * depth_k_stride[2]
+    v_slots = depth_v + b * depth_v_stride[1] + kv_head * depth_v_stride[2]
+    dk_slots = ddepth_k + b * ddepth_k_stride[1] + kv_head * ddepth_k_stride[2]
+    dv_slots = ddepth_v + b * ddepth_v_stride[1] + kv_head * ddepth_v_stride[2]
+    for start in range(0, n_slot * BLOCK_T, BLOCK_N):
+        slot, source = ((start + col) // BLOCK_T).to(tl.int64), (t0 + (start + col) % BLOCK_T).to(tl.int64)
+        seen = (slot < n_slot) & (source < T_q)
+        in_kv = seen[:, None] & in_dim[None, :]
+        k_col = k_slots + slot * depth_k_stride[0] + source * depth_k_stride[3]
+        v_col = v_slots + slot * depth_v_stride[0] + source * depth_v_stride[3]
+        k_tile = tl.load(k_col[:, None] + dim[None, :], mask=in_kv, other=0.0)  # (BLOCK_N, D)
+        v_tile = tl.load(v_col[:, None] + dim[None, :], mask=in_kv, other=0.0)
+        z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+        same_token = seen[None, :] & (token[:, None] == source[None, :])
+        p = tl.where(same_token, tl.exp2(z - lse_log2[:, None]), 0.0)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        dz = (p * (dp - delta[:, None]) * scale).to(k_tile.dtype)
+        dq_tile = tl.dot(dz, k_tile, dq_tile, input_precision="ieee")
+        dk_tile = tl.dot(tl.trans(dz), q_tile, input_precision="ieee")  # (BLOCK_N, D)
+        dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, input_precision="ieee")
+        dk_col = dk_slots + slot * ddepth_k_stride[0] + source * ddepth_k_stride[3]
+        dv_col = dv_slots + slot * ddepth_v_stride[0] + source * ddepth_v_stride[3]
+        tl.store(dk_col[:, None] + dim[None, :], dk_tile.to(k_tile.dtype), mask=in_kv)
+        tl.store(dv_col[:, None] + dim[None, :], dv_tile.to(k_tile.dtype), mask=in_kv)
+
+    tl.store(dq_row[:, None] + dim[None, :], dq_tile.to(q_tile.dtype), mask=in_tile)
+
+
+def _unit(x):
+    """The kernels want the last dimension in a row; the other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(kernel, q, n_kv_head, rows, args, **meta):
+    """Start `kernel` on ceil(T_q / tokens of a block) x (B * n_kv_head) programs of at least `rows` rows."""
+    B, n_head, T_q, head_dim = q.shape
+    group = n_head // n_kv_head
+    BLOCK_M = max(rows, triton.next_power_of_2(group))
+    D = max(16, triton.next_power_of_2(head_dim))
+    grid = (triton.cdiv(T_q, BLOCK_M // group), B * n_kv_head)
+    with torch.cuda.device(q.device if q.is_cuda else -1):
+        kernel[grid](*args, GROUP=group, HEAD_DIM=head_dim, D=D, BLOCK_M=BLOCK_M, **meta)
+
+
+def _depth_forward_triton(q, depth_k, depth_v, o, lse, scale):
+    """`_depth_forward_torch` by the kernel. Overwrites o and lse."""
+    q, depth_k, depth_v, o, lse = _unit(q), _unit(depth_k), _unit(depth_v), _unit(o), lse.contiguous()
+    n_slot, _, n_kv_head = depth_k.shape[:3]
+    n_head, T_q = q.shape[1:3]
+    strides = [x.stride()[:-1] for x in (q, q, q, depth_k, depth_v, o)]
+    args = (q, q, q, depth_k, depth_v, o, lse, *strides, n_head, T_q, T_q, n_slot, scale / math.log(2))
+    _launch(_forward_kernel, q, n_kv_head, 16, args, BLOCK_N=64, CAUSAL=True, CONTINUE=True, num_warps=4)
+    return o, lse
+
+
+def _fused_forward(q, k, v, depth_k, depth_v, causal, scale):
+    """The whole of Algorithm 1 in one kernel. Returns the joint (o, lse)."""
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    if depth_k is None:
+        depth_k = depth_v = q.new_empty(0, q.shape[0], k.shape[1], q.shape[2], q.shape[3])
+    depth_k, depth_v = _unit(depth_k), _unit(depth_v)
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    n_head, T_q = q.shape[1:3]
+    strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
+    scale_log2 = scale / math.log(2)
+    args = (q, k, v, depth_k, depth_v, o, lse, *strides, n_head, T_q, k.shape[2], depth_k.shape[0], scale_log2)
+    meta = {"BLOCK_N": 64, "CAUSAL": causal, "CONTINUE": False, "num_warps": 4, "num_stages": 3}
+    _launch(_forward_kernel, q, k.shape[1], 128 if q.shape[3] <= 128 else 64, args, **meta)
+    return o, lse
+
+
+def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq):
+    """Adds the depth part to dq in place; returns ddepth_k, ddepth_v."""
+    q, do, depth_k, depth_v, o, lse = _unit(q), _unit(do), _unit(depth_k), _unit(depth_v), _unit(o), lse.contiguous()
+    ddepth_k, ddepth_v = torch.empty_like(depth_k), torch.empty_like(depth_v)
+    n_slot, _, n_kv_head = depth_k.shape[:3]
+    n_head, T_q = q.shape[1:3]
+    strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
+    args = (do, q, depth_k, depth_v, o, lse, dq, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
+    _launch(_backward_kernel, q, n_kv_head, 16, (*args, scale / math.log(2)), BLOCK_N=64, num_warps=4)
+    return ddepth_k, ddepth_v
+
+
 # ------------------------------------------------------------------------------------------------- the operator
 #
-# Two opaque operators, so that torch.compile neither breaks its graph here nor looks inside. Their outputs have a
-# fixed memory layout (out as (B, T_q, n_head, head_dim), gradients like `empty_like` of their inputs), which is what
-# the fake versions promise to the compiler.
-
-
-def _out_like(q):
-    B, n_head, T_q, head_dim = q.shape
-    return q.new_empty(B, T_q, n_head, head_dim).transpose(1, 2)
+# Two opaque operators, so that torch.compile neither breaks its graph here nor looks inside. Their outputs are laid out
+# in memory like `torch.empty_like` of the input they belong to, which is what the fake versions promise the compiler.
 
 
 def _laid_out(x, like):
-    return x if x.stride() == like.stride() else like.copy_(x)
+    """x, copied if it has to be, with the strides of `torch.empty_like(like)`."""
+    if x.stride() == torch.empty_like(like, device="meta").stride():
+        return x
+    return torch.empty_like(like).copy_(x)
+
+
+def _why_not_triton(q):
+    """Why the Triton kernels cannot run on q, as the end of a sentence, or None if they can."""
+    if triton is None:
+        return "Triton is not installed"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
+    if q.shape[-1] > 256:
+        return f"the kernels take head_dim up to 256, not {q.shape[-1]}"
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
+    if q.device.type != "cuda":
+        return f"q is on {q.device}: it takes a CUDA GPU, or TRITON_INTERPRET=1 in the environment"
+    if torch.cuda.get_device_properties(q.device).major < 8:
+        return "it takes a GPU of compute capability 8.0 or more"
+    return None
 
 
 @torch.library.custom_op("moda::attention", mutates_args=())
@@ -209,16 +504,21 @@ def _attention(
     depth_v: torch.Tensor | None,
     causal: bool,
     scale: float,
+    impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    o, lse = _sequence_forward(q, k, v, causal, scale)
-    if depth_k is not None:
-        o, lse = _depth_forward_torch(q, depth_k, depth_v, o, lse, scale)
-    return _laid_out(o, _out_like(q)), lse.contiguous()
+    if impl == "fused":
+        o, lse = _fused_forward(q, k, v, depth_k, depth_v, causal, scale)
+    else:
+        o, lse = _sequence_forward(q, k, v, causal, scale)
+        if depth_k is not None:
+            depth_forward = _depth_forward_torch if impl == "torch" else _depth_forward_triton
+            o, lse = depth_forward(q, depth_k, depth_v, o, lse, scale)
+    return _laid_out(o, q), lse.contiguous()
 
 
 @_attention.register_fake
-def _(q, k, v, depth_k, depth_v, causal, scale):
-    return _out_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q, k, v, depth_k, depth_v, causal, scale, impl):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("moda::attention_backward", mutates_args=())
@@ -233,35 +533,39 @@ def _attention_backward(
     lse: torch.Tensor,
     causal: bool,
     scale: float,
+    impl: str,
 ) -> list[torch.Tensor]:
+    do = _laid_out(do, q)
     dq, dk, dv = _sequence_backward(do, q, k, v, o, lse, causal, scale)
     grads = [dq, dk, dv]
-    if depth_k is not None:
+    if depth_k is not None and impl == "torch":
         dq_depth, *ddepth = _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale)
         grads = [dq + dq_depth, dk, dv, *ddepth]
-    inputs = [q, k, v] if depth_k is None else [q, k, v, depth_k, depth_v]
-    return [_laid_out(grad, torch.empty_like(x)) for grad, x in zip(grads, inputs, strict=True)]
+    elif depth_k is not None:
+        grads += _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq)
+    inputs = [x for x in (q, k, v, depth_k, depth_v) if x is not None]
+    return [_laid_out(grad, x) for grad, x in zip(grads, inputs, strict=True)]
 
 
 @_attention_backward.register_fake
-def _(do, q, k, v, depth_k, depth_v, o, lse, causal, scale):
+def _(do, q, k, v, depth_k, depth_v, o, lse, causal, scale, impl):
     return [torch.empty_like(x) for x in (q, k, v, depth_k, depth_v) if x is not None]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.causal, ctx.scale = inputs
+    *tensors, ctx.causal, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, do, _):
     *inputs, o, lse = ctx.saved_tensors
-    grads = _attention_backward(do, *inputs, o, lse, ctx.causal, ctx.scale)
-    return (*grads, *[None] * (7 - len(grads)))
+    grads = _attention_backward(do, *inputs, o, lse, ctx.causal, ctx.scale, ctx.impl)
+    return (*grads, *[None] * (8 - len(grads)))
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
-IMPLS = ("reference", "torch")
+IMPLS = ("reference", "torch", "triton", "fused")
 
 
 def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=None, impl=None, return_lse=False):
@@ -273,10 +577,12 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
 
     causal: query t sees sequence keys up to its own position. The depth slots are those of its own position always.
     scale: multiplies the logits; None is head_dim ** -0.5.
-    impl: None, the best that can run here, or one of `IMPLS`:
+    impl: None, the fastest that can run here, or one of `IMPLS`:
         "reference"  the equation with its (T_q, T_kv) matrix, differentiated by autograd
         "torch"      PyTorch's fused attention, continued over depth in plain PyTorch; O(T * n_slot) memory.
                      Where PyTorch has no fused attention for the device or dtype, this is the reference.
+        "triton"     PyTorch's fused attention, continued over depth by the kernels above
+        "fused"      forward all in one kernel, the paper's Algorithm 1; backward as "triton"
     return_lse: also return the joint log-sum-exp (B, n_head, T_q), float32 or wider, not differentiable.
 
     Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable, once, in all five tensors.
@@ -286,16 +592,25 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     """
     if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v, depth_k, depth_v = (
-            x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in (q, k, v, depth_k, depth_v)
-        )
+        given = (q, k, v, depth_k, depth_v)
+        q, k, v, depth_k, depth_v = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in given)
     _check(q, k, v, depth_k, depth_v, causal)
     if impl not in (None, *IMPLS):
         raise ValueError(f"unknown impl {impl!r}: choose None or one of {', '.join(map(repr, IMPLS))}")
+    why_not = _why_not_triton(q)
+    if impl in ("triton", "fused") and why_not:
+        raise ValueError(f"impl={impl!r} cannot run here: {why_not}")
+    if impl is None:
+        impl = "triton" if q.is_cuda and not why_not else "torch"
     if depth_k is not None and depth_k.shape[0] == 0:
         depth_k = depth_v = None
-    if impl == "reference" or _backend(q, k, v) is None:
+    if impl == "reference" or not _has_fused(q):
         return moda_attention_reference(q, k, v, depth_k, depth_v, causal=causal, scale=scale, return_lse=return_lse)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, lse = _attention(q, k, v, depth_k, depth_v, causal, scale)
+    head_dim = q.shape[-1]
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    pad = (0, -head_dim % 8 if q.is_cuda else 0)  # CUDA's fused attentions read rows in steps of 16 bytes
+    if pad[1]:
+        q, k, v, depth_k, depth_v = (x if x is None else F.pad(x, pad) for x in (q, k, v, depth_k, depth_v))
+    o, lse = _attention(q, k, v, depth_k, depth_v, causal, scale, impl)
+    o = o[..., :head_dim]
     return (o, lse.detach()) if return_lse else o
