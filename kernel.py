@@ -32,6 +32,7 @@ except ImportError:  # macOS, Windows: everything but the Triton kernels works
     triton, tl = None, SimpleNamespace(constexpr=None)  # their signatures still have to read
 
 aten = torch.ops.aten
+INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors
 
 
 # ------------------------------------------------------------------------------------------------ the equation
@@ -174,6 +175,7 @@ def _sdpa_backward(do, q, k, v, o, lse, causal, scale):
             group = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
             lse = F.pad(lse, (0, -T_q % 32))
+            do, o = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (do, o))  # it takes no other layout
             grads = op(do, q, k, v, None, o, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale)
             return grads[0], *(g.unflatten(1, (-1, group)).sum(2) for g in grads[1:3])
 
@@ -415,15 +417,18 @@ def _unit(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(kernel, q, n_kv_head, rows, args, **meta):
-    """Start `kernel` on ceil(T_q / tokens of a block) x (B * n_kv_head) programs of at least `rows` rows."""
+def _launch(kernel, q, n_kv_head, rows, cols, args, **meta):
+    """Start `kernel` on ceil(T_q / tokens of a block) x (B * n_kv_head) programs, whose tiles of logits have at least
+    `rows` rows and at most `cols` columns."""
     B, n_head, T_q, head_dim = q.shape
     group = n_head // n_kv_head
     BLOCK_M = max(rows, triton.next_power_of_2(group))
     D = max(16, triton.next_power_of_2(head_dim))
+    BLOCK_N = max(16, min(cols, 16384 // (D * q.element_size())))  # a tile of keys takes at most 16 KB
     grid = (triton.cdiv(T_q, BLOCK_M // group), B * n_kv_head)
+    sizes = {"GROUP": group, "HEAD_DIM": head_dim, "D": D, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     with torch.cuda.device(q.device if q.is_cuda else -1):
-        kernel[grid](*args, GROUP=group, HEAD_DIM=head_dim, D=D, BLOCK_M=BLOCK_M, **meta)
+        kernel[grid](*args, **(sizes | meta))
 
 
 def _depth_forward_triton(q, depth_k, depth_v, o, lse, scale):
@@ -433,35 +438,40 @@ def _depth_forward_triton(q, depth_k, depth_v, o, lse, scale):
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (q, q, q, depth_k, depth_v, o)]
     args = (q, q, q, depth_k, depth_v, o, lse, *strides, n_head, T_q, T_q, n_slot, scale / math.log(2))
-    _launch(_forward_kernel, q, n_kv_head, 16, args, BLOCK_N=64, CAUSAL=True, CONTINUE=True, num_warps=4)
+    _launch(_forward_kernel, q, n_kv_head, 16, 64, args, CAUSAL=True, CONTINUE=True, num_warps=4)
     return o, lse
 
 
-def _fused_forward(q, k, v, depth_k, depth_v, causal, scale):
-    """The whole of Algorithm 1 in one kernel. Returns the joint (o, lse)."""
+def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
+    """The whole of Algorithm 1 in one kernel, `rows` rows a program. Returns the joint (o, lse)."""
     q, k, v = _unit(q), _unit(k), _unit(v)
     if depth_k is None:
         depth_k = depth_v = q.new_empty(0, q.shape[0], k.shape[1], q.shape[2], q.shape[3])
     depth_k, depth_v = _unit(depth_k), _unit(depth_v)
-    o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    o, lse = _unit(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
     scale_log2 = scale / math.log(2)
     args = (q, k, v, depth_k, depth_v, o, lse, *strides, n_head, T_q, k.shape[2], depth_k.shape[0], scale_log2)
-    meta = {"BLOCK_N": 64, "CAUSAL": causal, "CONTINUE": False, "num_warps": 4, "num_stages": 3}
-    _launch(_forward_kernel, q, k.shape[1], 128 if q.shape[3] <= 128 else 64, args, **meta)
+    if q.dtype == torch.float32:  # without tensor cores; it is for checking, and large tiles take minutes to compile
+        rows = 16
+    elif q.shape[3] > 128:
+        rows = 64
+    num_warps = 8 if rows >= 128 else 4
+    _launch(_forward_kernel, q, k.shape[1], rows, 64, args, CAUSAL=causal, CONTINUE=False, num_warps=num_warps)
     return o, lse
 
 
-def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq):
+def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16):
     """Adds the depth part to dq in place; returns ddepth_k, ddepth_v."""
     q, do, depth_k, depth_v, o, lse = _unit(q), _unit(do), _unit(depth_k), _unit(depth_v), _unit(o), lse.contiguous()
-    ddepth_k, ddepth_v = torch.empty_like(depth_k), torch.empty_like(depth_v)
+    ddepth_k, ddepth_v = (_unit(torch.empty_like(x)) for x in (depth_k, depth_v))
     n_slot, _, n_kv_head = depth_k.shape[:3]
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
     args = (do, q, depth_k, depth_v, o, lse, dq, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
-    _launch(_backward_kernel, q, n_kv_head, 16, (*args, scale / math.log(2)), BLOCK_N=64, num_warps=4)
+    cols, num_warps = (64, 4) if max(rows, n_head // n_kv_head) <= 16 else (32, 2)  # what fits in the registers
+    _launch(_backward_kernel, q, n_kv_head, rows, cols, (*args, scale / math.log(2)), num_warps=num_warps)
     return ddepth_k, ddepth_v
 
 
@@ -486,7 +496,7 @@ def _why_not_triton(q):
         return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
     if q.shape[-1] > 256:
         return f"the kernels take head_dim up to 256, not {q.shape[-1]}"
-    if triton.knobs.runtime.interpret:
+    if INTERPRET:
         return "Triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"q is on {q.device}: it takes a CUDA GPU, or TRITON_INTERPRET=1 in the environment"
@@ -542,6 +552,7 @@ def _attention_backward(
         dq_depth, *ddepth = _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale)
         grads = [dq + dq_depth, dk, dv, *ddepth]
     elif depth_k is not None:
+        grads[0] = dq = _unit(dq)
         grads += _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq)
     inputs = [x for x in (q, k, v, depth_k, depth_v) if x is not None]
     return [_laid_out(grad, x) for grad, x in zip(grads, inputs, strict=True)]

@@ -12,7 +12,7 @@ The operator itself lives in kernel.py.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -48,11 +48,11 @@ class MoDAConfig:
     depth_window: int | None = None  # read only the most recent N slots (paper, section 6.2); None: all
 
     def __post_init__(self):
-        for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "depth_window"):
-            value = getattr(self, field)
-            optional = field in ("n_hidden", "depth_window") and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+        for field in fields(self):
+            value, optional = getattr(self, field.name), field.type == int | None
+            if field.type in (int, int | None) and not (value is None and optional):
+                if type(value) is not int or value < 1:
+                    raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.head_dim % 2:
@@ -119,7 +119,7 @@ def flops(config, T):
 
 
 class DepthStream:
-    """The slots written so far in one forward pass, oldest first; a slot is one K and one V (B, n_kv_head, T, head_dim).
+    """The slots written so far in one forward pass, oldest first: a K and a V (B, n_kv_head, T, head_dim) each.
 
     It lives as long as the forward pass: depth KV is only ever read at its own position, so cached decoding has
     nothing to remember here.
@@ -157,7 +157,9 @@ class KVCache:
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding: turn the pair (x[i], x[i + head_dim / 2]) of x (B, n, T, head_dim) by angle i of its position."""
+    """Rotary embedding of x (B, n, T, head_dim): turn each pair (x[i], x[i + head_dim / 2]) by its position's angle i.
+
+    cos, sin (T, head_dim / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -337,8 +339,10 @@ class MoDA(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, idx):
-        """Where every layer looks (the paper's Figure 5): a list over layers of (B, n_head, T, T + n_slot), rows summing
-        to 1, sequence columns first, then the depth slots in the order of `slot_names(layer)`. Needs O(T * T) memory."""
+        """Where every layer looks (the paper's Figure 5): a list over layers of (B, n_head, T, T + n_slot).
+
+        Rows sum to 1: sequence columns first, then the depth slots in the order of `slot_names(layer)`.
+        """
         maps = []
         self._hidden(idx, maps=maps)
         return maps

@@ -1,0 +1,376 @@
+"""Measurements. Each command prints its table and writes results/<command>_<gpu>.json with every repetition in it.
+
+    python bench.py kernel    the operator against attention without depth, in the settings of the paper's Table 2,
+                              and the paper's Table 7, the ladder from naive loops to the kernel; needs a CUDA GPU
+
+Every timing follows a correctness check on the same tensors. Variants take turns, repetition by repetition, so that
+a drift of the clock hits all alike; differences are medians over the turns.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernel
+from kernel import moda_attention, moda_attention_reference
+
+ROOT = Path(__file__).parent
+N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
+TABLE_2 = [  # T, group, n_slot
+    *[(T, 8, 64) for T in (4096, 8192, 16384, 32768, 65536)],
+    *[(16384, group, 64) for group in (2, 4, 16, 32)],
+    *[(16384, 8, n_slot) for n_slot in (128, 256)],
+]
+median = statistics.median
+
+
+# ------------------------------------------------------------------------------------------------------- the tools
+
+
+def machine():
+    """What the numbers were measured on, and with which code."""
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": kernel.triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--", "*.py")),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def interleave(variants, reps):
+    """Milliseconds of GPU time of each of the `variants` {name: function}, called in turn: {name: [ms] * reps}.
+
+    Before each call a large buffer is cleared: it empties the L2 cache, and it keeps the GPU busy long enough for
+    the call to be enqueued, so that the time between the events holds no waiting for Python.
+    """
+    flush = torch.empty(2 << 30, dtype=torch.int8, device="cuda")
+    times = {name: [] for name in variants}
+    for rep in range(-2, reps):  # two rounds to warm up
+        for name, fn in variants.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            start.record()
+            fn()
+            stop.record()
+            stop.synchronize()
+            if rep >= 0:
+                times[name].append(start.elapsed_time(stop))
+    return times
+
+
+def ceilings():
+    """Copy bandwidth in TB/s (read + written) and bf16 matrix rate in TFLOP/s of this GPU, on random data."""
+    a = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    times = interleave({"copy": lambda: b.copy_(a), "matmul": lambda: x @ x}, 10)
+    return 4e-9 * a.numel() / median(times["copy"]), 2e-9 * 8192**3 / median(times["matmul"])
+
+
+def table(rows):
+    """Print rows of strings, the first one the header, in Markdown."""
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for i, row in enumerate(rows):
+        print("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, width, strict=True)) + " |", flush=True)
+        if i == 0:
+            print("|" + "|".join("-" * (w + 1) + ":" for w in width) + "|")
+
+
+def write(name, result):
+    gpu = "".join(c if c.isalnum() else "-" for c in result["machine"]["gpu"].removeprefix("NVIDIA ")).lower()
+    path = ROOT / "results" / f"{name}_{gpu}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, separators=(",", ":")).replace("},{", "},\n{") + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+    return path
+
+
+def relative_error(x, ref):
+    return ((x.double() - ref).norm() / ref.norm()).item()
+
+
+# --------------------------------------------------------------------------------------------------- bench.py kernel
+
+
+def check(q, k, v, depth_k, depth_v, do, o, lse, grads):
+    """Compare sampled query rows (o, lse, dq, and the depth gradients, which belong to one row each) and sampled keys
+    (dk, dv) with the equation in float64. Returns the largest relative error."""
+    dq, dk, dv, ddepth_k, ddepth_v = grads
+    T, group, scale, errors = q.shape[2], q.shape[1] // k.shape[1], HEAD_DIM**-0.5, []
+    for t in [*torch.randint(T, (4,)).tolist(), 0, T - 1]:
+        row = q[:, :, t : t + 1], depth_k[..., t : t + 1, :], depth_v[..., t : t + 1, :]
+        row = [x.double().requires_grad_() for x in row]
+        past = [x[:, :, : t + 1].double() for x in (k, v)]
+        o_ref, lse_ref = moda_attention_reference(row[0], *past, *row[1:], return_lse=True)
+        grad_refs = torch.autograd.grad(o_ref, row, do[:, :, t : t + 1].double())
+        errors += [relative_error(o[:, :, t : t + 1], o_ref.detach()), relative_error(lse[:, :, t : t + 1], lse_ref)]
+        ours = dq[:, :, t : t + 1], ddepth_k[..., t : t + 1, :], ddepth_v[..., t : t + 1, :]
+        errors += [relative_error(x, ref) for x, ref in zip(ours, grad_refs, strict=True)]
+    heads = slice(0, group)  # those of kv head 0
+    for j in torch.randint(T // 2, (2,)).tolist():
+        q_, do_, o_, lse_ = (x[0, heads, j:].double() for x in (q, do, o, lse))
+        p = (scale * q_ @ k[0, 0, j].double() - lse_).exp()  # (group, T - j)
+        dz = p * (do_ @ v[0, 0, j].double() - (do_ * o_).sum(-1)) * scale
+        errors += [relative_error(dk[0, 0, j], torch.einsum("gt,gtd->d", dz, q_))]
+        errors += [relative_error(dv[0, 0, j], torch.einsum("gt,gtd->d", p, do_))]
+    return max(errors)
+
+
+def kernel_setting(T, group, n_slot, reps):
+    """All variants in one setting of Table 2, forward and backward: ({name: [ms]}, largest relative error)."""
+
+    def randn(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    q, do = randn(1, N_KV_HEAD * group, T, HEAD_DIM).requires_grad_(), randn(1, N_KV_HEAD * group, T, HEAD_DIM)
+    k, v = (randn(1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
+    depth_k, depth_v = (randn(n_slot, 1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
+    everything = (q, k, v, depth_k, depth_v)
+
+    def plain(backend):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    forwards = {
+        "flash": lambda: plain(SDPBackend.FLASH_ATTENTION),
+        "cudnn": lambda: plain(SDPBackend.CUDNN_ATTENTION),
+        "triton": lambda: moda_attention(*everything, impl="triton"),
+        "fused": lambda: moda_attention(*everything, impl="fused"),
+    }
+    if depth_k.numel() <= 1 << 29:  # the portable path works in float32
+        forwards["torch"] = lambda: moda_attention(*everything, impl="torch")
+
+    # correct first
+    o, lse = moda_attention(*everything, impl="triton", return_lse=True)
+    grads = torch.autograd.grad(o, everything, do)
+    error = check(*(x.detach() for x in everything), do, o.detach(), lse, grads)
+    o_fused, lse_fused = moda_attention(*everything, impl="fused", return_lse=True)
+    error = max(error, relative_error(o_fused, o.double()), relative_error(lse_fused, lse.double()))
+    if not error <= 5e-3:
+        raise SystemExit(f"T={T} group={group} n_slot={n_slot}: relative error {error:.1e}, not timed")
+    del o_fused, lse_fused, grads
+
+    times = interleave({f"{name} forward": fn for name, fn in forwards.items()}, reps)
+    for name in ("flash", "cudnn", "triton", "torch"):  # one graph at a time: the gradients of the slots are large
+        if name in forwards:
+            forwards[name] = (forwards[name](), everything if name in ("triton", "torch") else everything[:3])
+    graphs = {name: graph for name, graph in forwards.items() if name != "fused"}
+
+    def backward(out, inputs):
+        return lambda: torch.autograd.grad(out, inputs, do, retain_graph=True)
+
+    times |= interleave({f"{name} backward": backward(*graph) for name, graph in graphs.items()}, reps)
+
+    o, lse = o.detach(), lse.detach()
+    dq = torch.zeros_like(q)
+    scale = HEAD_DIM**-0.5
+    depth = [x.detach() for x in (depth_k, depth_v)]
+    times |= interleave(
+        {  # starting from any o and lse: the arithmetic is the same
+            "depth forward": lambda: kernel._depth_forward_triton(q.detach(), *depth, o, lse, scale),
+            "depth backward": lambda: kernel._depth_backward_triton(do, q.detach(), *depth, o, lse, scale, dq),
+        },
+        reps,
+    )
+    return times, error
+
+
+def depth_bytes(T, group, n_slot):
+    """Fewest bytes the depth half can move, forward and backward: each tensor it needs once, each it makes once."""
+    rows, slots = 2 * T * N_KV_HEAD * group * HEAD_DIM, 2 * T * N_KV_HEAD * n_slot * HEAD_DIM  # bf16
+    lse = 4 * T * N_KV_HEAD * group
+    return 2 * slots + 3 * rows + 2 * lse, 4 * slots + 5 * rows + lse  # q, o, o'; q, o, do, dq, dq'
+
+
+def bench_kernel(args):
+    result = {"machine": machine(), "copy_TBps": 0.0, "matmul_TFLOPs": 0.0, "settings": [], "ladder": {}}
+    result["copy_TBps"], result["matmul_TFLOPs"] = ceilings()
+    print(result["machine"])
+    print(f"copy {result['copy_TBps']:.2f} TB/s, bf16 matmul {result['matmul_TFLOPs']:.0f} TFLOP/s")
+    print("ms, bf16, B=1, 8 KV heads, head_dim 64, forward / backward; flash and cuDNN: PyTorch's SDPA without depth")
+    head = "T,G,slots,flash,cuDNN,MoDA triton,fused,torch,depth half,of copy bandwidth,flash / MoDA,extra / floor,error"
+    rows = [head.split(",")]
+    for T, group, n_slot in TABLE_2:
+        times, error = kernel_setting(T, group, n_slot, max(5, min(args.reps, args.reps * 16384 // T)))
+        torch.cuda.empty_cache()
+        m = {name: median(ms) for name, ms in times.items()}
+        total = {name: [f + b for f, b in zip(times[f"{name} forward"], times[f"{name} backward"], strict=True)]
+                 for name in ("flash", "cudnn", "triton")}  # fmt: skip
+        best = min(("flash", "cudnn"), key=lambda name: median(total[name]))
+        extra = median([a - b for a, b in zip(total["triton"], total[best], strict=True)])
+        n_bytes = depth_bytes(T, group, n_slot)
+        floor = sum(n_bytes) / result["copy_TBps"] * 1e-9  # ms
+        share = [n / (m[f"depth {way}"] * 1e9 * result["copy_TBps"])
+                 for n, way in zip(n_bytes, ("forward", "backward"), strict=True)]  # fmt: skip
+        speed = median([a / b for a, b in zip(total["flash"], total["triton"], strict=True)])
+
+        def both(name, m=m):
+            return f"{m[f'{name} forward']:.2f} / {m[f'{name} backward']:.2f}" if f"{name} forward" in m else "-"
+
+        rows.append([str(T), str(group), str(n_slot), both("flash"), both("cudnn"), both("triton"),
+                     f"{m['fused forward']:.2f}", both("torch"), both("depth"), f"{share[0]:.0%} / {share[1]:.0%}",
+                     f"{speed:.2f}", f"{extra / floor:.2f} ({best})", f"{error:.1e}"])  # fmt: skip
+        print(*rows[-1], sep=" | ", flush=True)
+        result["settings"].append({"T": T, "group": group, "n_slot": n_slot, "error": error, "floor_ms": floor,
+                                   "extra_ms": extra, "flash_over_moda": speed, "depth_share_of_copy": share,
+                                   "ms": times})  # fmt: skip
+    print()
+    table(rows)
+    result["ladder"] = ladder(args.reps)
+    path = write("kernel", result)
+    plot_kernel(result, path.with_suffix(".png"))
+
+
+LADDER = {"T": 1024, "group": 8, "n_slot": 64}  # the setting of Table 7
+PAPER_TABLE_7 = {"naive": 2128.9, "flash-compatible": 13.102, "chunk-aware": 6.286, "group-aware": 1.460}  # ms, A100
+PAPER_TABLE_2 = {  # ms on an A100, forward + backward: FlashAttention-2 without depth, MoDA
+    (4096, 8, 64): (7.970, 10.750), (8192, 8, 64): (28.700, 35.427), (16384, 8, 64): (116.700, 127.661),
+    (32768, 8, 64): (459.854, 480.914), (65536, 8, 64): (1831.668, 1883.026), (16384, 2, 64): (28.982, 39.741),
+    (16384, 4, 64): (58.071, 68.939), (16384, 16, 64): (233.700, 244.900), (16384, 32, 64): (467.107, 480.767),
+    (16384, 8, 128): (116.700, 138.224), (16384, 8, 256): (116.700, 167.958),
+}  # fmt: skip
+
+
+def naive(q, k, v, depth_k, depth_v):
+    """The equation as a loop over positions: gather a token's keys from sequence and depth, one softmax, next token."""
+    out = []
+    for t in range(q.shape[2]):
+        past = slice(t + 1)
+        keys = torch.cat([k[:, :, past], depth_k[:, :, :, t].permute(1, 2, 0, 3)], 2)  # (B, n_kv_head, n_key, head_dim)
+        values = torch.cat([v[:, :, past], depth_v[:, :, :, t].permute(1, 2, 0, 3)], 2)
+        z = q[:, :, t].unflatten(1, (k.shape[1], -1)) @ keys.mT * HEAD_DIM**-0.5  # (B, n_kv_head, group, n_key)
+        out.append((z.softmax(-1) @ values).flatten(1, 2))
+    return torch.stack(out, dim=2)
+
+
+def flat(q, k, v, depth_k, depth_v, mask):
+    """The rung "flash-compatible": the depth of all tokens as T * n_slot more columns of one fused attention, of which
+    a mask leaves each query its own n_slot."""
+    keys, values = (
+        torch.cat([x, slots.permute(1, 2, 3, 0, 4).flatten(2, 3)], 2).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        for x, slots in ((k, depth_k), (v, depth_v))
+    )  # (B, n_head, T * (1 + n_slot), head_dim), the slots of a token side by side
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def tiled(q, k, v, depth_k, depth_v, do, rows):
+    """Forward and backward by our kernels with `rows` rows a program: Algorithm 1, then the depth backward."""
+    scale = HEAD_DIM**-0.5
+    o, lse = kernel._fused_forward(q, k, v, depth_k, depth_v, True, scale, rows=rows)
+    dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, scale)
+    return o, dq, dk, dv, *kernel._depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=rows)
+
+
+def ladder(reps):
+    """The paper's Table 7: the same numbers, computed less and less wastefully. Returns {rung: [ms]}."""
+    T, group, n_slot = LADDER.values()
+
+    def randn(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    q, do = randn(1, N_KV_HEAD * group, T, HEAD_DIM).requires_grad_(), randn(1, N_KV_HEAD * group, T, HEAD_DIM)
+    k, v = (randn(1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
+    depth_k, depth_v = (randn(n_slot, 1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
+    inputs = (q, k, v, depth_k, depth_v)
+    plain = [x.detach() for x in inputs]
+    per_head = [plain[0], *(x.repeat_interleave(group, dim=-3) for x in plain[1:])]  # every head with KV of its own
+    own = torch.eye(T, dtype=torch.bool, device="cuda").repeat_interleave(n_slot, dim=1)  # (T, T * n_slot)
+    mask = torch.cat([torch.ones(T, T, dtype=torch.bool, device="cuda").tril(), own], 1)
+
+    def train(fn, *args):
+        out = fn(*inputs, *args)
+        return out, *torch.autograd.grad(out, inputs, do)
+
+    rungs = {
+        "naive": lambda: train(naive),
+        "flash-compatible": lambda: train(flat, mask),
+        "chunk-aware": lambda: tiled(*per_head, do, rows=64),  # 64 tokens of one head scan the columns of 64 tokens
+        "group-aware": lambda: tiled(*plain, do, rows=64),  # 8 tokens of 8 heads scan the columns of 8
+        "continued": lambda: train(moda_attention),  # 2 tokens of 8 heads, after PyTorch's fused attention
+    }
+    o_ref = moda_attention_reference(*(x.double() for x in plain))
+    errors = {name: relative_error(fn()[0].detach(), o_ref) for name, fn in rungs.items()}
+    if not max(errors.values()) <= 1e-2:  # bf16 logits in the naive loop
+        raise SystemExit(f"wrong result in the ladder, not timed: {errors}")
+    times = interleave({"naive": rungs.pop("naive")}, 3) | interleave(rungs, reps)
+    print(f"\nthe ladder of Table 7: forward + backward, T={T}, G={group}, {n_slot} slots")
+    rows = [["", "ms", "paper, A100", "error of o"]]
+    for name, ms in times.items():
+        rows.append([name, f"{median(ms):.3f}", f"{PAPER_TABLE_7.get(name, '-')}", f"{errors[name]:.1e}"])
+    table(rows)
+    return times
+
+
+def plot_kernel(result, path):
+    """Time relative to FlashAttention-2 without depth, ours and the paper's; and the ladder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained")
+    labels, ours, cudnn, paper = [], [], [], []
+    for s in result["settings"]:
+        m = {name: median(ms) for name, ms in s["ms"].items()}
+        total = {name: m[f"{name} forward"] + m[f"{name} backward"] for name in ("flash", "cudnn", "triton")}
+        labels.append(f"{s['T'] // 1024}K\nG {s['group']}\n{s['n_slot']}")
+        ours.append(total["triton"] / total["flash"])
+        cudnn.append(total["cudnn"] / total["flash"])
+        flash_ms, moda_ms = PAPER_TABLE_2[s["T"], s["group"], s["n_slot"]]
+        paper.append(moda_ms / flash_ms)
+    x = range(len(labels))
+    left.axhline(1, color="#D22030", lw=1.5)
+    left.bar(x, ours, color="#E69F00", width=0.6, label="MoDA, here")
+    left.plot(x, cudnn, "_", color="#0072B2", ms=22, mew=2.5, label="cuDNN attention, no depth")
+    left.plot(x, paper, "D", color="#222222", mfc="white", ms=7, label="MoDA in the paper (A100)")
+    left.set_xticks(list(x), labels, fontsize=9)
+    left.set_xlabel("T / group / depth slots")
+    left.set_ylabel("time, forward + backward")
+    left.set_title("relative to FlashAttention-2 without depth (red)", loc="left", fontsize=11)
+    left.legend(frameon=False, ncols=3, loc="upper left", fontsize=9)
+    left.set_ylim(0, 1.2 * max(*ours, *paper))
+    names = list(result["ladder"])[::-1]
+    ms = [median(result["ladder"][name]) for name in names]
+    right.barh(names, ms, color="#E69F00", height=0.6)
+    right.set_xscale("log")
+    right.set_xlim(min(ms) / 2, max(ms) * 8)
+    for i, value in enumerate(ms):
+        right.text(value * 1.15, i, f"{value:.3g} ms", va="center", fontsize=9)
+    right.set_title("the ladder: T 1024, G 8, 64 slots", loc="left", fontsize=11)
+    right.set_xlabel("forward + backward, ms")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"{result['machine']['gpu']}, bf16, B = 1, 8 KV heads, head_dim 64", fontsize=11)
+    fig.savefig(path, dpi=130)
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("kernel", help="the operator, in the settings of the paper's Tables 2 and 7")
+    command.add_argument("--reps", type=int, default=20, help="repetitions of each timing (default: %(default)s)")
+    command.set_defaults(run=bench_kernel)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.py measures a CUDA GPU, and there is none here")
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
