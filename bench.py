@@ -9,6 +9,8 @@ a drift of the clock hits all alike; differences are medians over the turns.
 
 import argparse
 import json
+import os
+import random
 import statistics
 import subprocess
 import time
@@ -35,18 +37,15 @@ median = statistics.median
 
 
 def machine():
-    """What the numbers were measured on, and with which code."""
-
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
+    """What the numbers were measured on, and with which code. Where that was copied without its git history, the
+    environment variable COMMIT can name it: COMMIT=$(git describe --always --dirty --abbrev=40)."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": kernel.triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--", "*.py")),
+        "commit": os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -55,16 +54,18 @@ def interleave(variants, reps):
     """Milliseconds of GPU time of each of the `variants` {name: function}, called in turn: {name: [ms] * reps}.
 
     Before each call a large buffer is cleared: it empties the L2 cache, and it keeps the GPU busy long enough for
-    the call to be enqueued, so that the time between the events holds no waiting for Python.
+    the call to be enqueued, so that the time between the events holds no waiting for Python. Every turn goes in
+    another order: a kernel runs slower after one that drew much power.
     """
-    flush = torch.empty(2 << 30, dtype=torch.int8, device="cuda")
+    flush = torch.empty(4 << 30, dtype=torch.int8, device="cuda")
     times = {name: [] for name in variants}
     for rep in range(-2, reps):  # two rounds to warm up
-        for name, fn in variants.items():
+        for name in random.sample(list(variants), len(variants)):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
+            flush.zero_()
             start.record()
-            fn()
+            variants[name]()
             stop.record()
             stop.synchronize()
             if rep >= 0:
@@ -94,7 +95,8 @@ def write(name, result):
     gpu = "".join(c if c.isalnum() else "-" for c in result["machine"]["gpu"].removeprefix("NVIDIA ")).lower()
     path = ROOT / "results" / f"{name}_{gpu}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, separators=(",", ":")).replace("},{", "},\n{") + "\n")
+    numbers = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
+    path.write_text(json.dumps(numbers, separators=(",", ":")).replace("},{", "},\n{") + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
     return path
 
@@ -205,7 +207,7 @@ def bench_kernel(args):
     head = "T,G,slots,flash,cuDNN,MoDA triton,fused,torch,depth half,of copy bandwidth,flash / MoDA,extra / floor,error"
     rows = [head.split(",")]
     for T, group, n_slot in TABLE_2:
-        times, error = kernel_setting(T, group, n_slot, max(5, min(args.reps, args.reps * 16384 // T)))
+        times, error = kernel_setting(T, group, n_slot, args.reps if T <= 16384 else max(5, args.reps // 2))
         torch.cuda.empty_cache()
         m = {name: median(ms) for name, ms in times.items()}
         total = {name: [f + b for f, b in zip(times[f"{name} forward"], times[f"{name} backward"], strict=True)]
@@ -276,6 +278,13 @@ def tiled(q, k, v, depth_k, depth_v, do, rows):
     return o, dq, dk, dv, *kernel._depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=rows)
 
 
+def continued(q, k, v, depth_k, depth_v, do):
+    """Forward and backward as `moda_attention` does them, the operators alone."""
+    args = (True, HEAD_DIM**-0.5, "triton")
+    o, lse = kernel._attention(q, k, v, depth_k, depth_v, *args)
+    return o, *kernel._attention_backward(do, q, k, v, depth_k, depth_v, o, lse, *args)
+
+
 def ladder(reps):
     """The paper's Table 7: the same numbers, computed less and less wastefully. Returns {rung: [ms]}."""
     T, group, n_slot = LADDER.values()
@@ -301,7 +310,7 @@ def ladder(reps):
         "flash-compatible": lambda: train(flat, mask),
         "chunk-aware": lambda: tiled(*per_head, do, rows=64),  # 64 tokens of one head scan the columns of 64 tokens
         "group-aware": lambda: tiled(*plain, do, rows=64),  # 8 tokens of 8 heads scan the columns of 8
-        "continued": lambda: train(moda_attention),  # 2 tokens of 8 heads, after PyTorch's fused attention
+        "continued": lambda: continued(*plain, do),  # 2 tokens of 8 heads, after PyTorch's fused attention
     }
     o_ref = moda_attention_reference(*(x.double() for x in plain))
     errors = {name: relative_error(fn()[0].detach(), o_ref) for name, fn in rungs.items()}

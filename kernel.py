@@ -470,7 +470,7 @@ def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16):
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
     args = (do, q, depth_k, depth_v, o, lse, dq, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
-    cols, num_warps = (64, 4) if max(rows, n_head // n_kv_head) <= 16 else (32, 2)  # what fits in the registers
+    cols, num_warps = (64, 4) if n_head // n_kv_head <= 8 else (32, 2)  # measured: results/NOTES.md
     _launch(_backward_kernel, q, n_kv_head, rows, cols, (*args, scale / math.log(2)), num_warps=num_warps)
     return ddepth_k, ddepth_v
 
@@ -619,9 +619,9 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
         return moda_attention_reference(q, k, v, depth_k, depth_v, causal=causal, scale=scale, return_lse=return_lse)
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else float(scale)
-    pad = (0, -head_dim % 8 if q.is_cuda else 0)  # CUDA's fused attentions read rows in steps of 16 bytes
-    if pad[1]:
-        q, k, v, depth_k, depth_v = (x if x is None else F.pad(x, pad) for x in (q, k, v, depth_k, depth_v))
+    pad = -head_dim % 8 if q.is_cuda else 0  # CUDA's fused attentions read rows in steps of 16 bytes
+    if pad:
+        q, k, v, depth_k, depth_v = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, v, depth_k, depth_v))
     o, lse = _attention(q, k, v, depth_k, depth_v, causal, scale, impl)
-    o = o[..., :head_dim]
+    o = o[..., :head_dim] if pad else o
     return (o, lse.detach()) if return_lse else o

@@ -49,10 +49,10 @@ class MoDAConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, optional = getattr(self, field.name), field.type == int | None
-            if field.type in (int, int | None) and not (value is None and optional):
-                if type(value) is not int or value < 1:
-                    raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+            value = getattr(self, field.name)
+            valid = (type(value) is int and value >= 1) or (value is None and field.type == int | None)
+            if field.type in (int, int | None) and not valid:
+                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.head_dim % 2:
