@@ -19,6 +19,7 @@ the paper's Algorithm 1 in Triton; the operator.
 """
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -38,6 +39,12 @@ INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTE
 # ------------------------------------------------------------------------------------------------ the equation
 
 
+def _full_precision(x):
+    """A context without autocast on x's device: where there is float32 in this file, it is meant."""
+    available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
+
+
 def moda_attention_weights(q, k, depth_k=None, *, causal=True, scale=None):
     """The joint softmax of MoDA, as a matrix. For looking, and for the reference; needs O(T_q * T_kv) memory.
 
@@ -48,14 +55,15 @@ def moda_attention_weights(q, k, depth_k=None, *, causal=True, scale=None):
     n_kv_head, T_kv = k.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(dtype).unflatten(1, (n_kv_head, n_head // n_kv_head))  # (B, n_kv_head, group, T_q, head_dim)
-    z = q @ k.to(dtype).mT.unsqueeze(2) * scale  # (B, n_kv_head, group, T_q, T_kv)
-    if causal:  # the queries are the last T_q of the T_kv positions
-        visible = torch.ones(T_q, T_kv, dtype=torch.bool, device=q.device).tril(T_kv - T_q)
-        z = z.masked_fill(~visible, float("-inf"))
-    if depth_k is not None:
-        z_depth = torch.einsum("bkgtd,sbktd->bkgts", q, depth_k.to(dtype)) * scale
-        z = torch.cat([z, z_depth], dim=-1)  # (B, n_kv_head, group, T_q, T_kv + n_slot)
+    with _full_precision(q):
+        q = q.to(dtype).unflatten(1, (n_kv_head, n_head // n_kv_head))  # (B, n_kv_head, group, T_q, head_dim)
+        z = q @ k.to(dtype).mT.unsqueeze(2) * scale  # (B, n_kv_head, group, T_q, T_kv)
+        if causal:  # the queries are the last T_q of the T_kv positions
+            visible = torch.ones(T_q, T_kv, dtype=torch.bool, device=q.device).tril(T_kv - T_q)
+            z = z.masked_fill(~visible, float("-inf"))
+        if depth_k is not None:
+            z_depth = torch.einsum("bkgtd,sbktd->bkgts", q, depth_k.to(dtype)) * scale
+            z = torch.cat([z, z_depth], dim=-1)  # (B, n_kv_head, group, T_q, T_kv + n_slot)
     return z.softmax(-1).flatten(1, 2), z.logsumexp(-1).flatten(1, 2)
 
 
@@ -68,9 +76,10 @@ def moda_attention_reference(q, k, v, depth_k=None, depth_v=None, *, causal=True
     p, lse = moda_attention_weights(q, k, depth_k, causal=causal, scale=scale)
     p = p.unflatten(1, (k.shape[1], -1))  # (B, n_kv_head, group, T_q, T_kv + n_slot)
     p_seq, p_depth = p.split([k.shape[2], p.shape[-1] - k.shape[2]], dim=-1)
-    o = p_seq @ v.to(p.dtype).unsqueeze(2)  # (B, n_kv_head, group, T_q, head_dim)
-    if depth_v is not None:
-        o = o + torch.einsum("bkgts,sbktd->bkgtd", p_depth, depth_v.to(p.dtype))
+    with _full_precision(q):
+        o = p_seq @ v.to(p.dtype).unsqueeze(2)  # (B, n_kv_head, group, T_q, head_dim)
+        if depth_v is not None:
+            o = o + torch.einsum("bkgts,sbktd->bkgtd", p_depth, depth_v.to(p.dtype))
     o = o.flatten(1, 2).to(q.dtype)  # (B, n_head, T_q, head_dim)
     return (o, lse.detach()) if return_lse else o
 
@@ -412,11 +421,6 @@ def _backward_kernel(
     tl.store(dq_row[:, None] + dim[None, :], dq_tile.to(q_tile.dtype), mask=in_tile)
 
 
-def _unit(x):
-    """The kernels want the last dimension in a row; the other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _launch(kernel, q, n_kv_head, rows, cols, args, **meta):
     """Start `kernel` on ceil(T_q / tokens of a block) x (B * n_kv_head) programs, whose tiles of logits have at least
     `rows` rows and at most `cols` columns."""
@@ -433,7 +437,7 @@ def _launch(kernel, q, n_kv_head, rows, cols, args, **meta):
 
 def _depth_forward_triton(q, depth_k, depth_v, o, lse, scale):
     """`_depth_forward_torch` by the kernel. Overwrites o and lse."""
-    q, depth_k, depth_v, o, lse = _unit(q), _unit(depth_k), _unit(depth_v), _unit(o), lse.contiguous()
+    (o,), lse = _unit(o), lse.contiguous()
     n_slot, _, n_kv_head = depth_k.shape[:3]
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (q, q, q, depth_k, depth_v, o)]
@@ -444,11 +448,9 @@ def _depth_forward_triton(q, depth_k, depth_v, o, lse, scale):
 
 def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
     """The whole of Algorithm 1 in one kernel, `rows` rows a program. Returns the joint (o, lse)."""
-    q, k, v = _unit(q), _unit(k), _unit(v)
     if depth_k is None:
         depth_k = depth_v = q.new_empty(0, q.shape[0], k.shape[1], q.shape[2], q.shape[3])
-    depth_k, depth_v = _unit(depth_k), _unit(depth_v)
-    o, lse = _unit(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    (o,), lse = _unit(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
     scale_log2 = scale / math.log(2)
@@ -464,8 +466,7 @@ def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
 
 def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16):
     """Adds the depth part to dq in place; returns ddepth_k, ddepth_v."""
-    q, do, depth_k, depth_v, o, lse = _unit(q), _unit(do), _unit(depth_k), _unit(depth_v), _unit(o), lse.contiguous()
-    ddepth_k, ddepth_v = (_unit(torch.empty_like(x)) for x in (depth_k, depth_v))
+    ddepth_k, ddepth_v = _unit(torch.empty_like(depth_k), torch.empty_like(depth_v))
     n_slot, _, n_kv_head = depth_k.shape[:3]
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
@@ -479,6 +480,11 @@ def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16):
 #
 # Two opaque operators, so that torch.compile neither breaks its graph here nor looks inside. Their outputs are laid out
 # in memory like `torch.empty_like` of the input they belong to, which is what the fake versions promise the compiler.
+
+
+def _unit(*tensors):
+    """The tensors with their last dimension in a row, which every kernel wants; their other strides are free."""
+    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _laid_out(x, like):
@@ -516,13 +522,14 @@ def _attention(
     scale: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if impl == "fused":
-        o, lse = _fused_forward(q, k, v, depth_k, depth_v, causal, scale)
-    else:
-        o, lse = _sequence_forward(q, k, v, causal, scale)
-        if depth_k is not None:
-            depth_forward = _depth_forward_torch if impl == "torch" else _depth_forward_triton
-            o, lse = depth_forward(q, depth_k, depth_v, o, lse, scale)
+    with _full_precision(q):
+        if impl == "fused":
+            o, lse = _fused_forward(q, k, v, depth_k, depth_v, causal, scale)
+        else:
+            o, lse = _sequence_forward(q, k, v, causal, scale)
+            if depth_k is not None:
+                depth_forward = _depth_forward_torch if impl == "torch" else _depth_forward_triton
+                o, lse = depth_forward(q, depth_k, depth_v, o, lse, scale)
     return _laid_out(o, q), lse.contiguous()
 
 
@@ -545,16 +552,18 @@ def _attention_backward(
     scale: float,
     impl: str,
 ) -> list[torch.Tensor]:
-    do = _laid_out(do, q)
-    dq, dk, dv = _sequence_backward(do, q, k, v, o, lse, causal, scale)
-    grads = [dq, dk, dv]
-    if depth_k is not None and impl == "torch":
-        dq_depth, *ddepth = _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale)
-        grads = [dq + dq_depth, dk, dv, *ddepth]
-    elif depth_k is not None:
-        grads[0] = dq = _unit(dq)
-        grads += _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq)
     inputs = [x for x in (q, k, v, depth_k, depth_v) if x is not None]
+    do = _laid_out(do, q)
+    with _full_precision(q):
+        dq, dk, dv = _sequence_backward(do, q, k, v, o, lse, causal, scale)
+        ddepth = ()
+        if depth_k is not None and impl == "torch":
+            dq_depth, *ddepth = _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale)
+            dq = dq + dq_depth
+        elif depth_k is not None:
+            (dq,) = _unit(dq)
+            ddepth = _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq)
+    grads = [dq, dk, dv, *ddepth]
     return [_laid_out(grad, x) for grad, x in zip(grads, inputs, strict=True)]
 
 
@@ -601,10 +610,12 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal, for empty tensors,
     and for an `impl` that is unknown or cannot run here.
     """
-    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        given = (q, k, v, depth_k, depth_v)
-        q, k, v, depth_k, depth_v = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in given)
+    device_type = q.device.type if isinstance(q, torch.Tensor) else "cpu"
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype, casts = torch.get_autocast_dtype(device_type), (torch.float32, torch.float16, torch.bfloat16)
+        q, k, v, depth_k, depth_v = (
+            x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in casts else x for x in (q, k, v, depth_k, depth_v)
+        )
     _check(q, k, v, depth_k, depth_v, causal)
     if impl not in (None, *IMPLS):
         raise ValueError(f"unknown impl {impl!r}: choose None or one of {', '.join(map(repr, IMPLS))}")
@@ -619,6 +630,9 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
         return moda_attention_reference(q, k, v, depth_k, depth_v, causal=causal, scale=scale, return_lse=return_lse)
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if scale <= 0:  # PyTorch's CPU kernel masks before it scales: -inf would become +inf or NaN
+        q, scale = q * scale, 1.0
+    q, k, v, depth_k, depth_v = _unit(q, k, v, depth_k, depth_v)
     pad = -head_dim % 8 if q.is_cuda else 0  # CUDA's fused attentions read rows in steps of 16 bytes
     if pad:
         q, k, v, depth_k, depth_v = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, v, depth_k, depth_v))

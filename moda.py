@@ -207,13 +207,15 @@ class Attention(nn.Module):
 
     def write(self, stream, k, v, rope):
         """Normalise and rotate a slot's keys once, here, so that no reader has to."""
-        k = self.k_norm(k)
+        k = self.k_norm(k.to(rope[0].dtype))
         stream.write((rotate(k, *rope) if self.config.depth_rope else k).to(v.dtype), v)
 
     def forward(self, x, rope, stream, cache=None, maps=None, impl=None):
         q = self.wq(x).unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_dim)
         k, v = self.kv(x)  # (B, n_kv_head, T, head_dim)
-        q, k_seq = rotate(self.q_norm(q), *rope).to(v.dtype), rotate(self.k_norm(k), *rope).to(v.dtype)
+        # norm and rotation in the weights' precision, also where autocast makes q, k, v bf16
+        q = rotate(self.q_norm(q.to(rope[0].dtype)), *rope).to(v.dtype)
+        k_seq = rotate(self.k_norm(k.to(rope[0].dtype)), *rope).to(v.dtype)
         keys, values = (k_seq, v) if cache is None else cache.append(self.layer, k_seq, v)
 
         depth_k, depth_v = stream.read(self.n_slot)  # (n_slot, B, n_kv_head, T, head_dim)

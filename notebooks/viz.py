@@ -1,0 +1,196 @@
+"""Drawing shared by the notebooks. `python notebooks/viz.py` draws the README's figure, notebooks/moda.png.
+
+One palette (Okabe and Ito's, told apart by colour-blind readers) with one meaning everywhere: blue is the sequence,
+orange an attention slot, green an FFN slot, red the boundary of [sequence | depth]. In grey print blue is the darkest
+and orange the lightest of the three.
+"""
+
+from math import exp
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.patches import Rectangle
+
+SEQUENCE, ATTN, FFN, BOUNDARY = "#0072B2", "#E69F00", "#009E73", "#D81E2C"
+INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
+OTHER = "#CC79A7"  # a fourth series, where one is needed
+HEAT = LinearSegmentedColormap.from_list("heat", ["#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B"])
+
+
+def use_style():
+    """Matplotlib defaults of every picture here. Call once, first."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.titlesize": 12,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": GREY,
+            "axes.labelcolor": INK,
+            "axes.prop_cycle": plt.cycler(color=[SEQUENCE, ATTN, FFN, OTHER, INK]),
+            "xtick.color": GREY,
+            "ytick.color": GREY,
+            "xtick.labelcolor": INK,
+            "ytick.labelcolor": INK,
+            "lines.linewidth": 2,
+            "legend.frameon": False,
+            "hatch.linewidth": 0.8,
+        }
+    )
+
+
+def tint(color, amount):
+    """`color` mixed with white: amount 1 is the colour, 0 is white."""
+    return tuple(1 - amount * (1 - channel) for channel in to_rgb(color))
+
+
+def slot_color(name):
+    """Colour of a slot from its name, "attn 3" or "ffn 3"."""
+    return FFN if name.startswith("ffn") else ATTN
+
+
+def heatmap(ax, p, tokens, slots=(), vmax=None, values=False):
+    """One head's softmax over [sequence | depth]: p (T, T + n_slot), the boundary in red (the paper's Figure 5).
+
+    tokens: T labels; slots: n_slot labels, as `MoDA.slot_names` gives them. values: write each weight into its cell.
+    Keys in a query's future are left blank. Returns the image, for a colour bar.
+    """
+    T, n_key = p.shape
+    vmax = float(p.max()) if vmax is None else vmax
+    image = ax.imshow(p, cmap=HEAT, vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
+    ax.set_xticks(range(n_key), [*tokens, *slots], rotation=90)
+    ax.set_yticks(range(T), tokens)
+    ax.set_ylabel("query")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    ax.annotate("sequence", ((T - 1) / 2, -0.5), color=SEQUENCE, **above)
+    if slots:
+        ax.axvline(T - 0.5, color=BOUNDARY, linewidth=2.5)
+        ax.annotate("depth", (T + (len(slots) - 1) / 2, -0.5), color=INK, **above)
+        for label, name in zip(ax.get_xticklabels()[T:], slots, strict=True):
+            label.set_color(shade(slot_color(name)))
+    if values:
+        for t in range(T):
+            for j in [*range(t + 1), *range(T, n_key)]:
+                color = "white" if p[t, j] > 0.65 * vmax else INK
+                ax.text(j, t, f"{p[t, j]:.2f}".removeprefix("0"), ha="center", va="center", color=color, fontsize=9)
+    return image
+
+
+def shade(color, amount=0.7):
+    """`color` darkened, for text on white."""
+    return tuple(amount * channel for channel in to_rgb(color))
+
+
+def end_label(ax, x, y, text, color, dy=0.0, **kwargs):
+    """Name a line at its right end, in its own colour, instead of a legend. dy moves the text, in points."""
+    kwargs = {"color": shade(color), "va": "center", "annotation_clip": False, **kwargs}
+    ax.annotate(text, (x, y), (6, dy), textcoords="offset points", **kwargs)
+
+
+def decoding_grid(ax, sublayers, tokens, t):
+    """What is alive while the last of `sublayers` reads at position t: the sequence cache, and position t's slots.
+
+    sublayers: ["attn 0", "ffn 0", ..., "attn l"], drawn bottom up; tokens: one label a position.
+    """
+    for i, name in enumerate(sublayers):
+        for j in range(len(tokens)):
+            color = "white"
+            if i == len(sublayers) - 1 and j <= t:
+                color = SEQUENCE
+            elif j == t:
+                color = slot_color(name)
+            elif j < t and name.startswith("attn"):
+                color = tint(SEQUENCE, 0.3)
+            elif j < t:
+                ax.text(j, i, "gone", ha="center", va="center", color=GREY, fontsize=10)
+            ax.add_patch(Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, facecolor=color, edgecolor=PALE))
+    ax.set(xlim=(-0.6, len(tokens) - 0.4), ylim=(-0.6, len(sublayers) - 0.4))
+    ax.set_xticks(range(len(tokens)), tokens)
+    ax.set_yticks(range(len(sublayers)), sublayers)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+# ------------------------------------------------------------------------------------------------ the README's figure
+
+
+def moda_figure():
+    """MoDA at a glance: what dilution is, what a query of layer 3 reads instead, and the one softmax over both."""
+    fig = plt.figure(figsize=(9, 5.5), layout="none", facecolor="white")
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 9), ylim=(0, 5.5))
+    ax.axis("off")
+
+    def box(x, y, w, h, color):
+        ax.add_patch(Rectangle((x, y), w, h, facecolor=color, edgecolor="white", linewidth=1.2))
+
+    def text(x, y, s, size=10.5, ha="center", va="center", color=INK, **kwargs):
+        ax.text(x, y, s, fontsize=size, ha=ha, va=va, color=color, **kwargs)
+
+    tokens, t, layer = ["the", "cat", "sat", "on", "the", "mat"], 4, 3
+    slots = [f"{kind} {source}" for source in range(layer) for kind in ("attn", "ffn")]
+    cell, bottom = 0.36, 2.27
+    row = [bottom + i * cell for i in range(len(slots) + 1)]  # one a sublayer, the reading one on top
+
+    # what each sublayer leaves behind, at one position: a share of a sum, or a slot
+    left, width, depth_left, side = 0.85, 1.35, 2.5, 0.25
+    text(left, 5.26, "residual stream", 12, ha="left", weight="bold")
+    text(left, 5.02, "a share of one sum", ha="left", color=GREY)
+    text(depth_left, 5.26, "depth stream", 12, ha="left", weight="bold")
+    text(depth_left, 5.02, "a slot of its own", ha="left", color=GREY)
+    for i, name in enumerate(slots):
+        text(left - 0.12, row[i] + cell / 2, name, ha="right", color=shade(slot_color(name)))
+        for j, source in enumerate(slots[: i + 1]):
+            color = tint(slot_color(source), 1 if j == 0 else 0.25)
+            box(left + j * width / (i + 1), row[i] + 0.04, width / (i + 1), cell - 0.08, color)
+            box(depth_left + j * side, row[i] + 0.04, side, cell - 0.08, color)
+    text(left, row[-1] + cell / 2, "attn 0: 1/6", ha="left", color=shade(ATTN))
+    text(depth_left, row[-1] + cell / 2, "attn 0: whole", ha="left", color=shade(ATTN))
+    text(left, bottom - 0.19, "position $t$; all writes drawn equally large", ha="left", color=GREY)
+
+    # what the query reads: its row of sequence KV, its column of depth KV
+    x0, w = 5.22, 0.58
+    text(x0, 5.26, f"a query of layer {layer} at position $t$", 12, ha="left", weight="bold")
+    text(x0, 5.02, "reads its row and its column", ha="left", color=GREY)
+    for i, name in enumerate(slots):
+        for j in range(len(tokens)):
+            box(x0 + j * w, row[i] + 0.02, w - 0.04, cell - 0.04, slot_color(name) if j == t else PALE)
+        text(x0 + (t + 0.5) * w - 0.02, row[i] + cell / 2, f"$k_t^{i}$", 12)
+        text(x0 - 0.12, row[i] + cell / 2, name, ha="right", color=shade(slot_color(name)))
+    for j, token in enumerate(tokens):
+        box(x0 + j * w, row[-1] + 0.02, w - 0.04, cell - 0.04, SEQUENCE if j <= t else PALE)
+        if j <= t:
+            text(x0 + (j + 0.5) * w - 0.02, row[-1] + cell / 2, f"$k_{'t' if j == t else j}$", 12, color="white")
+        text(x0 + (j + 0.5) * w - 0.02, bottom - 0.19, token, weight="bold" if j == t else "normal")
+    text(x0 - 0.12, row[-1] + cell / 2, f"layer {layer}", ha="right", color=SEQUENCE)
+
+    # one softmax over both; the weights are made up
+    logits = [0.9, -0.6, 0.3, -0.9, 0.6, 1.6, -0.5, 0.2, 0.9, -0.9, 0.5]
+    total = sum(exp(z) for z in logits)
+    base, step = 0.62, 0.46
+    x1 = 8.64 - step * len(logits)
+    for j, (name, z) in enumerate(zip([*tokens[: t + 1], *slots], logits, strict=True)):
+        color = SEQUENCE if j <= t else slot_color(name)
+        box(x1 + j * step + 0.02, base, step - 0.04, 3.1 * exp(z) / total, color)
+        label = name.replace(" ", "\n")
+        text(x1 + (j + 0.5) * step, base - 0.07, label, va="top", color=INK if j <= t else shade(color))
+    boundary = x1 + (t + 1) * step
+    ax.plot([x1, x1 + step * len(logits)], [base, base], color=GREY, linewidth=1)
+    text(x1 - 0.12, base + 0.4, "weight", rotation=90, color=GREY)
+    ax.plot([boundary, boundary], [0.15, 1.72], color=BOUNDARY, linewidth=2.5)
+    text(boundary - 0.12, 1.62, "sequence", ha="right", color=SEQUENCE)
+    text(boundary + 0.12, 1.62, "depth", ha="left")
+    text(0.3, 1.62, "one softmax over both", 12, ha="left", weight="bold")
+    text(0.3, 1.2, r"$z = [\,q_t k_0 \cdots q_t k_t\;|\;q_t k_t^0 \cdots q_t k_t^5\,]/\sqrt{d}$", 11.5, ha="left")
+    text(0.3, 0.75, r"$o_t = \mathrm{softmax}(z)\,[\,v_0 \cdots v_t\;|\;v_t^0 \cdots v_t^5\,]$", 11.5, ha="left")
+    return fig
+
+
+if __name__ == "__main__":
+    use_style()
+    moda_figure().savefig(Path(__file__).with_name("moda.png"), dpi=200, metadata={"Software": None})

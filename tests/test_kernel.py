@@ -1,0 +1,673 @@
+"""The operator: every implementation against the equation in float64, for the output, lse and all five gradients.
+
+The oracle is `moda_attention_reference` in float64, which is itself checked against loops over single numbers.
+A test below runs once for every (impl, device) of RUNS: a new implementation is one more line there.
+"""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import bench
+import kernel
+from kernel import moda_attention, moda_attention_reference, moda_attention_weights
+
+# what is tested: (impl, device, the dtypes it is tested in)
+RUNS = [
+    ("torch", "cpu", (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+    ("reference", "cpu", (torch.float64, torch.float32, torch.bfloat16)),
+    ("triton", "cpu", (torch.float32, torch.float16)),  # in Triton's interpreter
+    ("fused", "cpu", (torch.float32, torch.float16)),
+    ("torch", "cuda", (torch.float32, torch.bfloat16, torch.float16)),
+    ("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16)),
+    ("fused", "cuda", (torch.float32, torch.bfloat16, torch.float16)),
+]
+
+# Largest relative error ||x - ref|| / ||ref||. A dtype rounds with an error of at most u = eps / 2 (float64 1.1e-16,
+# float32 6.0e-8, bf16 2.0e-3, fp16 2.4e-4). The half types are read exactly, summed in float32 and rounded a few times:
+# P, o and each gradient, so a small multiple of u. The wide types round in every addition of a dot product and in z,
+# whose error exp() turns into a relative error |z| u: some 100 u.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+
+NAMES = ("q", "k", "v", "depth_k", "depth_v")
+
+
+def dtypes_of(impl, device):
+    return next(dtypes for *run, dtypes in RUNS if run == [impl, device])
+
+
+def one_test_for(*arguments):
+    names = [str(x).removeprefix("torch.") for x in arguments]
+    return pytest.param(*arguments, id="-".join(names), marks=[pytest.mark.gpu] if "cuda" in arguments else [])
+
+
+each_run = pytest.mark.parametrize("impl, device", [one_test_for(impl, device) for impl, device, _ in RUNS])
+each_run_and_dtype = pytest.mark.parametrize(
+    "impl, device, dtype", [one_test_for(impl, device, dtype) for impl, device, dtypes in RUNS for dtype in dtypes]
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison():
+    """Fill the memory that torch.empty and its kin hand out with NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# ------------------------------------------------------------------------------------------------ inputs and comparing
+
+
+def sizes(**arguments):
+    """Arguments of random_inputs."""
+    return arguments
+
+
+def random_inputs(
+    B=2, n_kv_head=2, group=2, T_q=7, T_kv=None, head_dim=16, n_slot=3, dtype=torch.float64, device="cpu"
+):
+    """[q, k, v, depth_k, depth_v], leaves that require a gradient; n_slot=None leaves out the depth."""
+    T_kv = T_q if T_kv is None else T_kv
+    shapes = [(B, n_kv_head * group, T_q, head_dim), *[(B, n_kv_head, T_kv, head_dim)] * 2]
+    if n_slot is not None:
+        shapes += [(n_slot, B, n_kv_head, T_q, head_dim)] * 2
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def random_like(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
+
+
+def strided(x, layout):
+    """The values of x (..., T, head_dim) with other strides."""
+    if layout == "transposed heads":  # the heads were split off the last dimension, as in any model
+        y = x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    elif layout == "sliced":  # out of a larger buffer, whose other elements must not be read
+        buffer = x.new_full([n + 2 for n in x.shape], float("nan"))
+        y = buffer[tuple(slice(1, n + 1) for n in x.shape)]
+        y.copy_(x)
+    elif layout == "every second":  # head_dim is not the fastest dimension either
+        buffer = x.new_full([2 * n for n in x.shape], float("nan"))
+        y = buffer[(slice(None, None, 2),) * x.dim()]
+        y.copy_(x)
+    elif layout == "expanded":  # the same row at every position: stride 0
+        y = x[..., :1, :].expand_as(x)
+    else:
+        y = x.clone()
+    return y.detach().requires_grad_()
+
+
+def results(function, inputs, do=None, **kwargs):
+    """{"o", "lse", "dq", "dk", ...} of one forward and backward."""
+    o, lse = function(*inputs, return_lse=True, **kwargs)
+    do = torch.ones_like(o) if do is None else do
+    grads = torch.autograd.grad(o, inputs, do, materialize_grads=True)  # zeros for depth tensors without a slot
+    return {"o": o.detach(), "lse": lse} | {f"d{name}": grad for name, grad in zip(NAMES, grads, strict=False)}
+
+
+def oracle(inputs, do=None, **kwargs):
+    """`results` of the equation in float64, fed the same (rounded) inputs."""
+    wide = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    return results(moda_attention_reference, wide, None if do is None else do.cpu().double(), **kwargs)
+
+
+def assert_close(got, want, tolerance):
+    assert got.keys() == want.keys()
+    for name, ref in want.items():
+        x = got[name].cpu().double()
+        assert x.shape == ref.shape, name
+        # a gradient may vanish altogether (one position without depth: softmax of one logit), and lse may cross zero
+        norm = ref.norm().item()
+        unit = ref.numel() ** 0.5
+        scale = max(norm, unit) if name == "lse" else norm if norm > 1e-10 * unit else unit
+        error = (x - ref).norm().item() / scale if ref.numel() else 0.0
+        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"  # false for NaN too
+
+
+def check(impl, inputs, do=None, slack=1, **kwargs):
+    """o, lse and all gradients of `impl` against the oracle."""
+    dtype = inputs[0].dtype
+    got = results(moda_attention, inputs, do, impl=impl, **kwargs)
+    assert got["lse"].dtype == torch.promote_types(dtype, torch.float32)
+    assert all(x.dtype == dtype for name, x in got.items() if name != "lse")
+    assert_close(got, oracle(inputs, do, **kwargs), slack * TOLERANCE[dtype])
+
+
+def loops(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=None, return_lse=True):
+    """The equation, one number at a time. Knows nothing of kernel.py."""
+    B, n_head, T_q, head_dim = q.shape
+    n_kv_head, T_kv = k.shape[1], k.shape[2]
+    scale = 1 / head_dim**0.5 if scale is None else scale
+    o, lse = torch.zeros_like(q), q.new_zeros(B, n_head, T_q)
+    for b in range(B):
+        for h in range(n_head):
+            kv = h // (n_head // n_kv_head)
+            for t in range(T_q):
+                position = T_kv - T_q + t  # the queries are the last T_q positions
+                seen = [j for j in range(T_kv) if j <= position or not causal]
+                slots = [] if depth_k is None else range(len(depth_k))
+                keys = [k[b, kv, j] for j in seen] + [depth_k[s, b, kv, t] for s in slots]
+                values = [v[b, kv, j] for j in seen] + [depth_v[s, b, kv, t] for s in slots]
+                weights = [torch.exp(scale * (q[b, h, t] * key).sum()) for key in keys]
+                o[b, h, t] = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+                lse[b, h, t] = torch.log(sum(weights))
+    return o, lse
+
+
+# ------------------------------------------------------------------------------------------------ the oracle itself
+
+
+@pytest.mark.parametrize(
+    "shape, kwargs",
+    [
+        (sizes(group=1, T_q=3), {}),
+        (sizes(group=2, T_q=4), {"causal": False}),
+        (sizes(group=3, T_q=2, T_kv=5), {}),
+        (sizes(group=3, T_q=2, T_kv=5), {"causal": False}),
+        (sizes(group=2, T_q=5, T_kv=2, n_slot=2), {"causal": False}),
+        (sizes(group=2, T_q=1, T_kv=4, n_slot=5), {"scale": 0.7}),
+        (sizes(group=4, T_q=4, n_slot=1, n_kv_head=3, B=1), {"scale": -0.3}),
+        (sizes(group=2, T_q=4, n_slot=None), {}),
+        (sizes(group=2, T_q=4, n_slot=0), {}),
+    ],
+    ids=str,
+)
+def test_reference_is_the_equation(shape, kwargs):
+    inputs = random_inputs(**{"head_dim": 4, **shape})
+    want = results(loops, inputs[: 5 if shape.get("n_slot", 3) else 3], **kwargs)
+    got = results(moda_attention_reference, inputs, **kwargs)
+    for name in got.keys() - want.keys():  # n_slot = 0: gradients without an element
+        assert got.pop(name).numel() == 0
+    assert_close(got, want, 1e-13)
+    assert_close(results(moda_attention, inputs, impl="reference", **kwargs), oracle(inputs, **kwargs), 0.0)
+
+
+@pytest.mark.parametrize("n_slot", [None, 0, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_weights_are_the_softmax(n_slot, causal):
+    q, k, v, *depth = random_inputs(T_q=3, T_kv=5, n_slot=n_slot, group=2)
+    p, lse = moda_attention_weights(q, k, *depth[:1], causal=causal)
+    assert p.shape == (2, 4, 3, 5 + (n_slot or 0))
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(lse))
+    for t in range(3):
+        assert (p[:, :, t, :5] > 0).all(dim=(0, 1)).tolist() == [j <= 2 + t or not causal for j in range(5)]
+    values = v.repeat_interleave(2, dim=1)  # head h reads kv head h // group
+    o = p[..., :5] @ values
+    for s in range(n_slot or 0):
+        o = o + p[..., 5 + s, None] * depth[1][s].repeat_interleave(2, dim=1)
+    want = loops(q, k, v, *(depth if n_slot else ()), causal=causal)
+    assert_close({"o": o, "lse": lse}, dict(zip(("o", "lse"), want, strict=True)), 1e-13)
+
+
+# ------------------------------------------------------------------------------------- every implementation, against it
+
+GROUPS, HEAD_DIMS, SLOTS = (1, 2, 3, 4, 8), (16, 48, 64, 80, 128), (0, 1, 5, 33)
+LENGTHS = [  # T_q, T_kv, causal
+    (7, 7, True),
+    (1, 1, True),
+    (13, 13, False),
+    (5, 12, True),
+    (1, 9, True),
+    (33, 33, True),
+    (5, 12, False),
+]
+
+
+def covering_shapes():
+    """All pairs of group and head_dim; the other lists go round beside them, with other periods."""
+    for i in range(len(GROUPS) * len(HEAD_DIMS)):
+        group, head_dim = GROUPS[i // len(HEAD_DIMS)], HEAD_DIMS[i % len(HEAD_DIMS)]
+        (T_q, T_kv, causal), n_slot = LENGTHS[i % len(LENGTHS)], SLOTS[i % len(SLOTS)]
+        B = 16 if T_q == 1 else 1 + i % 3  # enough rows for an error that is an average
+        shape = sizes(B=B, n_kv_head=1 + i % 2, group=group, T_q=T_q, T_kv=T_kv, head_dim=head_dim, n_slot=n_slot)
+        yield pytest.param(
+            shape, causal, id=f"G{group}-d{head_dim}-T{T_q}/{T_kv}-S{n_slot}-{'causal' if causal else 'full'}"
+        )
+
+
+@each_run_and_dtype
+@pytest.mark.parametrize("shape, causal", list(covering_shapes()))
+def test_matches_oracle(shape, causal, impl, device, dtype):
+    inputs = random_inputs(**shape, dtype=dtype, device=device)
+    check(impl, inputs, random_like(inputs[0]), causal=causal)
+
+
+@each_run_and_dtype
+@pytest.mark.parametrize(
+    "shape, kwargs",
+    [
+        (sizes(B=1, n_kv_head=1, T_q=601, n_slot=2), {}),  # longer than any block of any implementation, and odd
+        (sizes(B=1, n_kv_head=1, T_q=70, T_kv=601, n_slot=2), {}),
+        (sizes(B=1, n_kv_head=1, T_q=70, T_kv=601, n_slot=2), {"causal": False}),
+        (sizes(T_q=11, T_kv=4), {"causal": False}),  # more queries than keys
+        (sizes(T_q=5), {"scale": 0.5}),
+        (sizes(T_q=5, T_kv=8, head_dim=2), {"scale": 1}),  # a whole number
+        (sizes(T_q=5, head_dim=4), {"scale": -0.3}),
+        (sizes(T_q=5), {"scale": -0.1, "causal": False}),
+        (sizes(T_q=5), {"scale": 0.0}),
+        (sizes(group=6, head_dim=24, T_q=17), {}),
+        (sizes(group=2, head_dim=256, T_q=9), {}),
+        (sizes(head_dim=1, T_q=9), {}),
+        (sizes(T_q=9, n_slot=None), {}),
+        (sizes(B=1, n_kv_head=1, T_q=5, n_slot=512), {}),
+    ],
+    ids=str,
+)
+def test_matches_oracle_beyond_the_grid(shape, kwargs, impl, device, dtype):
+    inputs = random_inputs(**shape, dtype=dtype, device=device)
+    # PyTorch's CPU kernel adds up blocks of dk, dv in bf16
+    slack = 1.5 if device == "cpu" and shape["T_q"] > 512 else 1
+    check(impl, inputs, random_like(inputs[0]), slack, **kwargs)
+
+
+@each_run_and_dtype
+@pytest.mark.parametrize("layout", ["transposed heads", "sliced", "every second", "expanded"])
+@pytest.mark.parametrize("T_q", [9, 4])  # against 9 keys
+def test_any_strides(T_q, layout, impl, device, dtype):
+    """Non-contiguous inputs (sliced ones have NaN beside them, in slots past the end too) and gradients do."""
+    plain = random_inputs(T_q=T_q, T_kv=9, dtype=dtype, device=device)
+    do = random_like(plain[0])
+    slack = 2 if layout == "expanded" else 1  # equal keys: the gradients of q are differences of nearly equal numbers
+    for which in [(0,), (1, 2), (3, 4), (0, 1, 2, 3, 4)]:
+        inputs = [strided(x, layout if i in which else "contiguous") for i, x in enumerate(plain)]
+        check(impl, inputs, do, slack)
+    check(impl, plain, strided(do, layout).detach())
+    check(impl, plain, do.new_ones(()).expand_as(do))  # what out.sum().backward() passes
+
+
+@each_run_and_dtype
+def test_right_after_plain_attention(impl, device, dtype):
+    """PyTorch's cuDNN backward reuses plans of calls of the same shape, whatever strides their o and do had."""
+    inputs = random_inputs(B=1, T_q=128, head_dim=64, dtype=dtype, device=device)
+    for layout in ("contiguous", "transposed heads", "expanded"):
+        for do_layout in ("contiguous", "transposed heads", "expanded"):
+            q, k, v = (strided(x, layout) for x in inputs[:3])
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True):
+                o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            o.backward(strided(random_like(o), do_layout).detach())
+        check(impl, inputs, random_like(inputs[0]))
+        check(impl, [strided(x, "transposed heads") for x in inputs], strided(random_like(o), layout).detach())
+
+
+@each_run
+def test_gradcheck(impl, device):
+    if torch.float64 not in dtypes_of(impl, device):
+        pytest.skip("needs float64")
+    for shape, causal in [
+        (sizes(group=3, n_slot=2, T_q=3, T_kv=4), True),
+        (sizes(n_slot=1, T_q=2), False),
+        (sizes(n_slot=0), True),
+    ]:
+        inputs = random_inputs(B=1, **{"head_dim": 2, "T_q": 3, **shape}, device=device)
+        assert torch.autograd.gradcheck(lambda *x, c=causal: moda_attention(*x, causal=c, impl=impl), inputs)
+
+
+@each_run_and_dtype
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_random_shapes(data, impl, device, dtype):
+    n_kv_head, group, n_slot = (data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 9), (0, 19)))
+    T_kv, head_dim, causal = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 66)), data.draw(st.booleans())
+    T_q = data.draw(st.integers(1, T_kv))
+    layout = data.draw(st.sampled_from(["contiguous", "transposed heads", "sliced"]))
+    shape = sizes(B=2, n_kv_head=n_kv_head, group=group, T_q=T_q, T_kv=T_kv, head_dim=head_dim, n_slot=n_slot)
+    inputs = [strided(x, layout) for x in random_inputs(**shape, dtype=dtype, device=device)]
+    # where few rows are, gradients may nearly cancel
+    check(impl, inputs, random_like(inputs[0]), causal=causal, slack=4)
+
+
+# ------------------------------------------------------------------------------------------------ what it must not do
+
+
+@each_run_and_dtype
+@pytest.mark.parametrize("n_slot", [0, None])
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_slots_it_is_sdpa(causal, n_slot, impl, device, dtype):
+    inputs = random_inputs(n_slot=n_slot, T_q=9, group=3, dtype=dtype, device=device)
+    got = results(moda_attention, inputs, causal=causal, impl=impl)
+    sdpa = F.scaled_dot_product_attention(*inputs[:3], is_causal=causal, enable_gqa=True)
+    want = dict(
+        zip(("o", "dq", "dk", "dv"), (sdpa.detach(), *torch.autograd.grad(sdpa.sum(), inputs[:3])), strict=True)
+    )
+    assert_close({name: got[name] for name in want}, want, 2 * TOLERANCE[dtype])
+    if n_slot == 0:
+        assert got["ddepth_k"].shape == got["ddepth_v"].shape == (0, 2, 2, 9, 16)
+
+
+@each_run
+def test_depth_is_read_at_its_own_position_only(impl, device):
+    """A slot's element (s, b, kv head, t) reaches batch b, the heads of that kv head, position t. No other output."""
+    B, n_kv_head, group, T, n_slot = 2, 2, 3, 6, 4
+    q, k, v, depth_k, depth_v = random_inputs(B, n_kv_head, group, T, n_slot=n_slot, dtype=torch.float32, device=device)
+    before = moda_attention(q, k, v, depth_k, depth_v, impl=impl)
+    for s, b, h, t in [(0, 0, 0, 0), (1, 1, 1, 2), (3, 0, 1, 3), (2, 1, 0, 5)]:
+        here = torch.zeros(B, n_kv_head * group, T, dtype=torch.bool, device=device)
+        here[b, h * group : (h + 1) * group, t] = True
+        for i in (3, 4):
+            changed = [x.detach().clone() for x in (q, k, v, depth_k, depth_v)]
+            changed[i][s, b, h, t] += 1.0
+            after = moda_attention(*changed, impl=impl)
+            assert ((after != before).any(-1) == here).all()
+        for grad in torch.autograd.grad(before[here].sum(), (depth_k, depth_v), retain_graph=True):
+            nonzero = (grad != 0).any(-1)  # (n_slot, B, n_kv_head, T)
+            assert nonzero[:, b, h, t].all()
+            assert nonzero.sum() == n_slot
+
+
+@each_run
+def test_sequence_is_causal(impl, device):
+    q, k, v, depth_k, depth_v = (x.detach() for x in random_inputs(T_q=5, T_kv=8, dtype=torch.float32, device=device))
+    before = moda_attention(q, k, v, depth_k, depth_v, impl=impl)
+    for j in range(8):
+        for i in (1, 2):
+            changed = [q, k.clone(), v.clone(), depth_k, depth_v]
+            changed[i][:, :, j] += 1.0
+            after = moda_attention(*changed, impl=impl)
+            assert (after != before).any(dim=3).all(dim=(0, 1)).tolist() == [j <= 3 + t for t in range(5)]
+            assert (after != before).any(dim=(0, 1, 3)).tolist() == [j <= 3 + t for t in range(5)]
+
+
+@each_run
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # Triton's interpreter, in elements that are masked later
+@pytest.mark.parametrize("winner", ["sequence", "depth"])
+def test_huge_logits(winner, impl, device):
+    """exp of neither half may overflow, and the half that loses gets weight 0, not NaN."""
+    q, k, v, depth_k, depth_v = random_inputs(B=1, T_q=4, dtype=torch.float32, device=device)
+    strong, weak = (k, depth_k) if winner == "sequence" else (depth_k, k)
+    with torch.no_grad():
+        strong.copy_(q[:, ::2] * 1e3)  # kv head h gets query head 2 h, so every query head 2 h has a logit far above 0
+        weak.copy_(-q[:, ::2] * 1e3)
+    inputs = [q, k, v, depth_k, depth_v]
+    got, want = results(moda_attention, inputs, impl=impl), oracle(inputs)
+    assert want["lse"].max() > 1e3
+    assert all(torch.isfinite(x).all() for x in got.values())
+    linear = ("o", "lse", "dv", "ddepth_v")  # the others are differences of nearly equal numbers here
+    assert_close({n: got[n] for n in linear}, {n: want[n] for n in linear}, 1e-3)  # float32 rounds z to 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_cpu_runs_the_fused_path(impl, dtype, monkeypatch):
+    inputs = random_inputs(T_q=4, T_kv=6, dtype=dtype)
+    want = oracle(inputs)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the fused path was to run")
+
+    monkeypatch.setattr(kernel, "moda_attention_reference", forbidden)
+    monkeypatch.setattr(kernel, "moda_attention_weights", forbidden)
+    assert_close(results(moda_attention, inputs, impl=impl), want, TOLERANCE[dtype])
+    with pytest.raises(AssertionError, match="was to run"):
+        moda_attention(*inputs, impl="reference")
+
+
+def largest_allocation(function):
+    """The largest number of bytes that is allocated at once while `function` runs, inside PyTorch's kernels too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("T_q", [2048, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_allocates_no_score_matrix(T_q, dtype):
+    T_kv = 2048
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's kernel has a block of scores for every thread
+    try:
+        inputs = random_inputs(B=1, n_kv_head=1, group=2, T_q=T_q, T_kv=T_kv, n_slot=2, dtype=dtype)
+        sizes = {
+            impl: largest_allocation(lambda impl=impl: moda_attention(*inputs, impl=impl).sum().backward())
+            for impl in ("torch", "reference")
+        }
+    finally:
+        torch.set_num_threads(threads)
+    matrix = T_q * T_kv * dtype.itemsize
+    assert sizes["reference"] >= matrix  # so the measurement sees it
+    assert sizes["torch"] <= matrix / 4
+
+
+# -------------------------------------------------------------------------------------------- as a citizen of PyTorch
+
+
+@each_run
+def test_gradients_of_some_inputs_only(impl, device):
+    inputs = random_inputs(T_q=4, T_kv=6, dtype=torch.float32, device=device)
+    all_grads = torch.autograd.grad(moda_attention(*inputs, impl=impl).sum(), inputs)
+    for i, want in enumerate(all_grads):
+        some = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        (got,) = torch.autograd.grad(moda_attention(*some, impl=impl).sum(), some[i])
+        assert torch.equal(got, want)
+    with torch.no_grad():
+        assert not moda_attention(*inputs, impl=impl).requires_grad
+
+
+@each_run
+def test_lse_is_not_differentiable(impl, device):
+    o, lse = moda_attention(*random_inputs(dtype=torch.float32, device=device), impl=impl, return_lse=True)
+    assert o.requires_grad and not lse.requires_grad
+
+
+def test_second_derivative_is_refused():
+    """Better an error than a wrong number."""
+    inputs = random_inputs()
+    (dq,) = torch.autograd.grad(moda_attention(*inputs, impl="torch").square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(dq.sum(), inputs)
+
+
+@each_run
+@pytest.mark.parametrize("n_slot", [None, 3])
+def test_compiled_equals_eager(n_slot, impl, device):
+    """Without a graph break, in a use like the model's: the sequence KV is a slot too, and some gradients are equal."""
+    inputs = random_inputs(B=1, T_q=5, n_slot=n_slot, dtype=torch.float32, device=device)
+
+    def two_layers(q, k, v, depth_k=None, depth_v=None):
+        o = moda_attention(q, k, v, depth_k, depth_v, impl=impl)
+        depth_k = k[None] if depth_k is None else torch.cat([depth_k, k[None]])
+        depth_v = v[None] if depth_v is None else torch.cat([depth_v, v[None]])
+        return moda_attention(o, k, v, depth_k, depth_v, impl=impl).transpose(1, 2).flatten(2)  # (B, T_q, n_embd)
+
+    torch._dynamo.reset()  # the runs before this one must not count against the limit of recompilations
+    compiled = torch.compile(two_layers, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    do = torch.randn(1, 5, inputs[0].shape[1] * 16, device=device)
+    for x in (inputs, [strided(x, "transposed heads") for x in inputs]):
+        want, got = ((y := f(*x), *torch.autograd.grad(y, x, do)) for f in (two_layers, compiled))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@each_run
+@pytest.mark.parametrize("n_slot", [None, 3])
+def test_opcheck(n_slot, impl, device):
+    """Fake implementations (shapes, strides, dtypes), schema, aliasing and autograd, by PyTorch's own checks."""
+    if impl == "reference":
+        pytest.skip("plain PyTorch, no operator")
+    for layout in ("contiguous", "transposed heads", "expanded"):
+        inputs = random_inputs(B=1, T_q=3, T_kv=4, n_slot=n_slot, dtype=torch.float32, device=device)
+        tensors = [*(strided(x, layout) for x in inputs), None, None][:5]
+        options = (True, 0.25, impl)  # causal, scale, impl
+        torch.library.opcheck(torch.ops.moda.attention.default, (*tensors, *options), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            o, lse = torch.ops.moda.attention(*tensors, *options)
+            args = (torch.ones_like(o), *tensors, o, lse, *options)
+            torch.library.opcheck(torch.ops.moda.attention_backward.default, args)
+
+
+@each_run
+def test_checkpointing(impl, device):
+    inputs = random_inputs(dtype=torch.float32, device=device)
+
+    def layer(*inputs):
+        return moda_attention(*inputs, impl=impl).square()
+
+    want = torch.autograd.grad(layer(*inputs).sum(), inputs)
+    got = torch.autograd.grad(checkpoint(layer, *inputs, use_reentrant=False).sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_run
+def test_autocast(impl, device):
+    """Inputs are cast as PyTorch's own attention casts them: mixed types become the autocast type, float64 stays."""
+    half = torch.bfloat16 if torch.bfloat16 in dtypes_of(impl, device) else torch.float16
+    inputs = random_inputs(dtype=torch.float32, device=device)
+    rounded = [x.detach().to(half).requires_grad_() for x in inputs]
+    want = moda_attention(*rounded, impl=impl)
+    with torch.autocast(device, half):
+        o = moda_attention(*inputs, impl=impl)
+        mixed = moda_attention(inputs[0], *rounded[1:], impl=impl)
+    assert o.dtype == half
+    assert torch.equal(o, want) and torch.equal(mixed, want)
+    want_grads = torch.autograd.grad(want.sum(), rounded)
+    for grad, want_grad in zip(torch.autograd.grad(o.sum(), inputs), want_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, want_grad.float())
+    with torch.autocast(device, half), torch.autocast(device, enabled=False):
+        assert moda_attention(*inputs, impl=impl).dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = random_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.scaled_dot_product_attention(*inputs[:3], enable_gqa=True).dtype == torch.float64
+        check("torch", inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed heads"])
+def test_every_backend(layout, backend):
+    inputs = [strided(x, layout) for x in random_inputs(T_q=256, head_dim=64, dtype=torch.bfloat16, device="cuda")]
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        assert kernel._backend(*inputs[:3], True) == backend.split("_")[0].lower()
+        check("triton", inputs, strided(random_like(inputs[0]), "transposed heads").detach())
+
+
+@pytest.mark.gpu
+def test_cuda_runs_the_kernels(monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the kernels were to run")
+
+    for name in ("moda_attention_reference", "_depth_forward_torch", "_depth_backward_torch"):
+        monkeypatch.setattr(kernel, name, forbidden)
+    for dtype in (torch.bfloat16, torch.float32):
+        moda_attention(*random_inputs(dtype=dtype, device="cuda")).sum().backward()
+
+
+@pytest.mark.gpu
+def test_long_and_wide():
+    """Offsets beyond 2**31 elements: T = 65536, 8 kv heads, 66 slots. Sampled rows against the equation."""
+    T = 65536
+    shapes = (1, 16, T, 64), (1, 8, T, 64), (1, 8, T, 64), (66, 1, 8, T, 64), (66, 1, 8, T, 64)
+    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
+    do = torch.randn_like(inputs[0])
+    assert inputs[3].numel() > 2**31
+    o, lse = moda_attention(*inputs, return_lse=True)
+    grads = torch.autograd.grad(o, inputs, do)
+    assert bench.check(*(x.detach() for x in inputs), do, o.detach(), lse, grads) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_memory():
+    """Beyond inputs, outputs and gradients: a few tensors like q, nothing like T * T, nothing like the slots."""
+    inputs = random_inputs(
+        B=1, n_kv_head=2, group=4, T_q=8192, head_dim=64, n_slot=64, dtype=torch.bfloat16, device="cuda"
+    )
+    q, slots = inputs[0], inputs[3]
+    moda_attention(*inputs).sum().backward()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grads = torch.autograd.grad(moda_attention(*inputs), inputs, torch.ones_like(q))
+    peak = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in grads)
+    assert peak < 8 * q.nbytes < min(slots.nbytes, q.shape[2] ** 2 * q.itemsize)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+BASE = sizes(B=2, n_kv_head=2, group=2, T_q=4, T_kv=6, head_dim=8, n_slot=3, dtype=torch.float32)  # 4 query heads
+
+ERRORS = [  # what is wrong, what the message must say, the changed tensors (from the right ones)
+    ("q rank", "q must be a tensor of rank 4", lambda a: a | {"q": a["q"][0]}),
+    ("k rank", "k must be a tensor of rank 4", lambda a: a | {"k": a["k"][None]}),
+    ("v rank", "v must be a tensor of rank 4", lambda a: a | {"v": a["v"][..., 0]}),
+    ("depth_k rank", "depth_k must be a tensor of rank 5", lambda a: a | {"depth_k": a["depth_k"][0]}),
+    ("depth_v rank", "depth_v must be a tensor of rank 5", lambda a: a | {"depth_v": a["depth_v"][0]}),
+    ("q no tensor", "q must be a tensor.*list", lambda a: a | {"q": [1.0]}),
+    ("v no tensor", "v must be a tensor.*NoneType", lambda a: a | {"v": None}),
+    ("depth_v no tensor", "depth_v must be a tensor.*list", lambda a: a | {"depth_v": [a["depth_v"]]}),
+    ("depth_k alone", "depth_k and depth_v", lambda a: a | {"depth_v": None}),
+    ("depth_v alone", "depth_k and depth_v", lambda a: a | {"depth_k": None}),
+    ("k batch", r"k must be \(2, 2, 6, 8\)", lambda a: a | {"k": a["k"][:1]}),
+    ("k head_dim", "k must be", lambda a: a | {"k": a["k"][..., :4]}),
+    ("v batch", "v must be", lambda a: a | {"v": a["v"][:1]}),
+    ("v heads", "v must be", lambda a: a | {"v": a["v"][:, :1]}),
+    ("v length", "v must be", lambda a: a | {"v": a["v"][:, :, :5]}),
+    ("v head_dim", "v must be", lambda a: a | {"v": a["v"][..., :4]}),
+    ("depth_k batch", "depth_k must be", lambda a: a | {"depth_k": a["depth_k"][:, :1]}),
+    ("depth_k heads", "depth_k must be", lambda a: a | {"depth_k": a["depth_k"][:, :, :1]}),
+    ("depth_k length", r"depth_k must be \(3, 2, 2, 4, 8\)", lambda a: a | {"depth_k": a["depth_k"][:, :, :, :3]}),
+    ("depth_k head_dim", "depth_k must be", lambda a: a | {"depth_k": a["depth_k"][..., :4]}),
+    ("depth_v slots", "depth_v must be", lambda a: a | {"depth_v": a["depth_v"][:2]}),
+    ("depth_v length", "depth_v must be", lambda a: a | {"depth_v": a["depth_v"][:, :, :, :3]}),
+    (
+        "no slots, other length",
+        "depth_k must be",
+        lambda a: a | {n: a[n][:0, :, :, :3] for n in ("depth_k", "depth_v")},
+    ),
+    *((f"{n} dtype", rf"dtype.*{n} is torch.float64", lambda a, n=n: a | {n: a[n].double()}) for n in NAMES[1:]),
+    ("q dtype", "dtype.*q is torch.float64", lambda a: a | {"q": a["q"].double()}),
+    ("whole numbers", "floating dtype.*int64", lambda a: {n: x.long() for n, x in a.items()}),
+    *((f"{n} device", rf"device.*{n} on meta", lambda a, n=n: a | {n: a[n].to("meta")}) for n in NAMES[1:]),
+    ("q device", "device.*q is on meta", lambda a: a | {"q": a["q"].to("meta")}),
+    ("heads", r"n_head \(3\) must be a multiple of n_kv_head \(2\)", lambda a: a | {"q": a["q"][:, :3]}),
+    ("fewer heads", r"n_head \(1\) must be a multiple of n_kv_head \(2\)", lambda a: a | {"q": a["q"][:, :1]}),
+    ("T_q > T_kv", "T_q = 4, T_kv = 3", lambda a: a | {n: a[n][:, :, :3] for n in ("k", "v")}),
+    ("no batch", "empty.*q", lambda a: {n: x[:, :0] if n in NAMES[3:] else x[:0] for n, x in a.items()}),
+    ("no heads", "empty.*q", lambda a: a | {"q": a["q"][:, :0]}),
+    ("no kv heads", "empty.*k", lambda a: a | {n: a[n][:, :0] for n in ("k", "v")}),
+    ("no queries", "empty.*q", lambda a: a | {n: a[n][..., :0, :] for n in ("q", "depth_k", "depth_v")}),
+    ("no keys", "empty.*k", lambda a: a | {n: a[n][:, :, :0] for n in ("k", "v")}),
+    ("no head_dim", "empty.*q", lambda a: {n: x[..., :0] for n, x in a.items()}),
+]
+
+
+@pytest.mark.parametrize("function", ["moda_attention_reference", None, "reference", "torch"])
+@pytest.mark.parametrize("message, change", [pytest.param(*e[1:], id=e[0]) for e in ERRORS])
+def test_errors(message, change, function):
+    arguments = change({n: x.detach() for n, x in zip(NAMES, random_inputs(**BASE), strict=True)})
+    with pytest.raises(ValueError, match=message):
+        if function == "moda_attention_reference":
+            moda_attention_reference(**arguments)
+        else:
+            moda_attention(**arguments, impl=function)
+
+
+@pytest.mark.parametrize("impl", ["flash", "Torch", "", 0, True])
+def test_unknown_impl(impl):
+    with pytest.raises(ValueError, match=rf"impl {re.escape(repr(impl))}.*'reference', 'torch'"):
+        moda_attention(*random_inputs(**BASE), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["triton", "fused"])
+def test_impl_that_cannot_run_here(impl):
+    with pytest.raises(ValueError, match=f"impl='{impl}' cannot run here: .*(float64|not installed)"):
+        moda_attention(*random_inputs(), impl=impl)
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+def test_meta_device(impl):
+    """No fused attention there: the reference runs, and shapes come out (for counting FLOPs without weights)."""
+    inputs = [x.detach().to("meta") for x in random_inputs(**BASE)]
+    o, lse = moda_attention(*inputs, impl=impl, return_lse=True)
+    assert o.device.type == "meta" and o.shape == inputs[0].shape and lse.shape == o.shape[:3]
