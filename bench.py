@@ -1,7 +1,8 @@
 """Measurements. Each command prints its table and writes results/<command>_<gpu>.json with every repetition in it.
 
     python bench.py kernel    the operator against attention without depth, in the settings of the paper's Table 2,
-                              and the paper's Table 7, the ladder from naive loops to the kernel; needs a CUDA GPU
+                              and the paper's Table 7, the ladder from naive loops to the kernel
+    python bench.py train     whole training steps, forward + backward, with and without depth, in four shapes
 
 Every timing follows a correctness check on the same tensors. Variants take turns, repetition by repetition, so that
 a drift of the clock hits all alike; differences are medians over the turns.
@@ -14,6 +15,7 @@ import random
 import statistics
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
 from kernel import moda_attention, moda_attention_reference
+from moda import PRESETS, MoDA, MoDAConfig, flops
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
@@ -369,12 +372,145 @@ def plot_kernel(result, path):
     print(f"wrote {path.relative_to(ROOT)}")
 
 
+# --------------------------------------------------------------------------------------------------- bench.py train
+
+SHAPES = {  # name: (config of row 4, B)
+    "24l-512": (MoDAConfig(512, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512), 64),
+    "24l-1024": (MoDAConfig(2048, 32_000, n_layer=24, n_head=16, n_kv_head=16, n_embd=1024), 8),
+    "paper-700m": (replace(PRESETS["paper-700m"], vocab_size=32_000), 2),
+    "paper-48l": (replace(PRESETS["paper-48l"], vocab_size=4096), 64),
+}
+ROWS = {  # of the paper's Table 3, and section 6.2
+    "plain": {"depth_kv": False, "ffn_kv": False},
+    "row 3": {"ffn_kv": False},
+    "row 4": {},
+    "row 4, window 16": {"depth_window": 16},
+}
+
+
+def train_floor(config, B, plain_rate, copy_rate):
+    """Milliseconds that depth must add to a step: (projections, slots).
+
+    The projections are extra matrix products, forward and twice backward, at the plain model's own rate (FLOP/ms). The
+    slots: each reader reads K and V once forward and once backward, q, o, o' and q, o, do, dq, dq' beside them, and
+    each slot's gradient is written once, at the measured copy bandwidth (byte/ms).
+    """
+    T, plain = config.block_size, replace(config, **ROWS["plain"], depth_window=None)
+    slots_read = [len(config.slot_names(layer)) for layer in range(config.n_layer)]
+    attention = 4 * T * sum(slots_read) * config.n_embd
+    extra_flops = 3 * B * (flops(config, T) - flops(plain, T) - attention)
+    slot = 2 * 2 * B * T * config.n_kv_head * config.head_dim  # bytes of a K and a V in bf16
+    rows = 2 * B * T * config.n_embd
+    n_written = sum(config.is_read(kind, layer) for kind in config.kinds for layer in range(config.n_layer))
+    n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * rows * sum(n > 0 for n in slots_read)
+    return extra_flops / plain_rate, n_bytes / copy_rate
+
+
+def kernel_times(step):
+    """GPU milliseconds of one step by kind: our depth kernels, all others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kinds = {
+        "_forward_kernel": "depth forward",
+        "_backward_kernel": "depth dq",
+        "_slots_backward_kernel": "depth dk, dv",
+    }
+    times = dict.fromkeys((*kinds.values(), "other"), 0.0)
+    for event in profile.key_averages():
+        times[kinds.get(event.key, "other")] += event.self_device_time_total / 1000
+    return times
+
+
+def bench_train(args):
+    copy_TBps, matmul_TFLOPs = ceilings()
+    result = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "shapes": {}}
+    print(f"{result['machine']}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
+    head = (
+        "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,GB,of plain,MFU,compile s"
+    )
+    rows = [head.split(",")]
+    for name in args.shape or SHAPES:
+        row_4, B = SHAPES[name]
+        T = row_4.block_size
+        idx = torch.randint(row_4.vocab_size, (B, T), device="cuda")
+        steps, info = {}, {}
+        for row, changes in ROWS.items():
+            torch.manual_seed(0)
+            config = replace(row_4, **changes)
+            model = MoDA(config).cuda()
+            if row == "plain":  # one graph of it all is the yardstick's best
+                model.compile()
+            else:
+                model.compile_parts()
+
+            def step(model=model, idx=idx):
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = model(idx, idx)[1]
+                loss.backward()
+                for p in model.parameters():
+                    p.grad = None
+
+            began = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            step()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            weights = sum(p.nbytes for p in model.parameters())
+            peak = (torch.cuda.max_memory_allocated() - before + weights) / 1e9
+            steps[row], info[row] = step, {"peak_GB": peak, "compile_s": seconds, "kernels_ms": kernel_times(step)}
+        times = interleave_steps(steps, args.reps)
+        plain_ms = median(times["plain"])
+        plain_rate = 3 * B * flops(replace(row_4, **ROWS["plain"]), T) / plain_ms
+        for row, changes in ROWS.items():
+            config, ms = replace(row_4, **changes), median(times[row])
+            floor = sum(train_floor(config, B, plain_rate, copy_TBps * 1e9))
+            extra = median([a - b for a, b in zip(times[row], times["plain"], strict=True)])
+            mfu = 3 * B * flops(config, T) / ms / 1e9 / matmul_TFLOPs
+            info[row] |= {"ms": times[row], "floor_ms": floor, "extra_ms": extra, "mfu": mfu}
+            depth = [f"{info[row]['kernels_ms'][kind]:.1f}" for kind in ("depth forward", "depth dq", "depth dk, dv")]
+            peak, seconds = info[row]["peak_GB"], info[row]["compile_s"]
+            rows.append([name, row, f"{ms:.1f}", f"{B * T / ms * 1000:,.0f}", f"{plain_ms / ms:.3f}", f"{extra:.1f}",
+                         f"{floor:.1f}", f"{extra / floor:.2f}" if floor else "-", *depth, f"{peak:.1f}",
+                         f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{seconds:.0f}"])  # fmt: skip
+            print(*rows[-1], sep=" | ", flush=True)
+        result["shapes"][name] = info
+        del steps, step, model
+        torch.cuda.empty_cache()
+    print()
+    table(rows)
+    write("train", result)
+
+
+def interleave_steps(steps, reps):
+    """Milliseconds of whole steps {name: function} by the wall clock, in turn and in random order: {name: [ms] * reps}.
+    Waiting for Python counts here: it is part of training."""
+    times = {name: [] for name in steps}
+    for _ in range(reps):
+        for name in random.sample(list(steps), len(steps)):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(2):
+                steps[name]()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - began) * 500)
+    return times
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("kernel", help="the operator, in the settings of the paper's Tables 2 and 7")
     command.add_argument("--reps", type=int, default=20, help="repetitions of each timing (default: %(default)s)")
     command.set_defaults(run=bench_kernel)
+    command = commands.add_parser("train", help="whole training steps with and without depth")
+    command.add_argument("--reps", type=int, default=8, help="repetitions of each timing (default: %(default)s)")
+    command.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
+    command.set_defaults(run=bench_train)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.py measures a CUDA GPU, and there is none here")

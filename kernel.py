@@ -361,15 +361,16 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    do, q, depth_k, depth_v, o, lse, dq, ddepth_k, ddepth_v,  # pointers; dq holds the sequence half already
+    do, q, depth_k, depth_v, o, lse,  # pointers
+    dq, delta, ddepth_k, ddepth_v,  # pointers to results; dq holds the sequence half already
     do_stride, q_stride, depth_k_stride, depth_v_stride, o_stride, dq_stride, ddepth_k_stride, ddepth_v_stride,
     n_head, T_q, n_slot, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the depth half, in one pass over the slots: a slot's K and V at a token are read by that token's
     own rows only, all of them in this program, so dK and dV are finished and stored as they are met, with no atomics,
-    and dq is added to the sequence half's."""
+    and dq is added to the sequence half's. Without SLOTS only dq, and delta, which `_slots_backward_kernel` needs."""
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_T: tl.constexpr = BLOCK_M // GROUP
     t0 = tl.program_id(0) * BLOCK_T
@@ -391,7 +392,7 @@ def _backward_kernel(
     o_tile = tl.load(o_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
     dq_tile = tl.load(dq_row[:, None] + dim[None, :], mask=in_tile, other=0.0).to(tl.float32)
     lse_log2 = tl.load(lse + (b * n_head + head) * T_q + token, mask=in_row, other=0.0) / LN2
-    delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)  # (BLOCK_M,)
+    delta_tile = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)  # (BLOCK_M,)
 
     k_slots = depth_k + b * depth_k_stride[1] + kv_head * depth_k_stride[2]
     v_slots = depth_v + b * depth_v_stride[1] + kv_head * depth_v_stride[2]
@@ -407,18 +408,81 @@ def _backward_kernel(
         v_tile = tl.load(v_col[:, None] + dim[None, :], mask=in_kv, other=0.0)
         z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
         same_token = seen[None, :] & (token[:, None] == source[None, :])
-        p = tl.where(same_token, tl.exp2(z - lse_log2[:, None]), 0.0)
+        p = tl.exp2(tl.where(same_token, z - lse_log2[:, None], float("-inf")))
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-        dz = (p * (dp - delta[:, None]) * scale).to(k_tile.dtype)
+        dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
         dq_tile = tl.dot(dz, k_tile, dq_tile, input_precision="ieee")
-        dk_tile = tl.dot(tl.trans(dz), q_tile, input_precision="ieee")  # (BLOCK_N, D)
-        dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, input_precision="ieee")
-        dk_col = dk_slots + slot * ddepth_k_stride[0] + source * ddepth_k_stride[3]
-        dv_col = dv_slots + slot * ddepth_v_stride[0] + source * ddepth_v_stride[3]
-        tl.store(dk_col[:, None] + dim[None, :], dk_tile.to(k_tile.dtype), mask=in_kv)
-        tl.store(dv_col[:, None] + dim[None, :], dv_tile.to(k_tile.dtype), mask=in_kv)
+        if SLOTS:
+            dk_tile = tl.dot(tl.trans(dz), q_tile, input_precision="ieee")  # (BLOCK_N, D)
+            dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, input_precision="ieee")
+            dk_col = dk_slots + slot * ddepth_k_stride[0] + source * ddepth_k_stride[3]
+            dv_col = dv_slots + slot * ddepth_v_stride[0] + source * ddepth_v_stride[3]
+            tl.store(dk_col[:, None] + dim[None, :], dk_tile.to(k_tile.dtype), mask=in_kv)
+            tl.store(dv_col[:, None] + dim[None, :], dv_tile.to(k_tile.dtype), mask=in_kv)
 
+    tl.store(delta + (b * n_head + head) * T_q + token, delta_tile, mask=in_row)
     tl.store(dq_row[:, None] + dim[None, :], dq_tile.to(q_tile.dtype), mask=in_tile)
+
+
+@jit
+def _slots_backward_kernel(
+    q, do, lse, delta, start, stop,  # of the readers: tuples of N_READER pointers, and the range of slots each read
+    depth_k, depth_v, sum_k, sum_v, out_k, out_v,  # pointers
+    q_stride, do_stride, slot_stride, sum_stride, out_stride,  # K and V of a kind are laid out alike
+    n_head, T, first, last, fresh, out_first, n_reader, scale, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_READER: tl.constexpr,
+):  # fmt: skip
+    """FlashAttention's dK, dV loop, along depth: gradients of the slots first..last-1, summed over the layers that read
+    them. A tile of slots stays in registers while the readers pass by. `sum` holds what earlier calls summed up, except
+    for slots below `fresh`; the result goes to `out`, slot s at out[s - out_first]."""
+    LN2: tl.constexpr = 0.6931471805599453
+    BLOCK_T: tl.constexpr = BLOCK_M // GROUP
+    t0 = tl.program_id(0) * BLOCK_T
+    n_kv_head = n_head // GROUP
+    b, kv_head = (tl.program_id(1) // n_kv_head).to(tl.int64), (tl.program_id(1) % n_kv_head).to(tl.int64)
+
+    row, col, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    token, head = (t0 + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    in_dim = dim < HEAD_DIM
+    in_row = (row < BLOCK_T * GROUP) & (token < T)
+    in_tile = in_row[:, None] & in_dim[None, :]
+    q_at = (b * q_stride[0] + head * q_stride[1] + token * q_stride[2])[:, None] + dim[None, :]
+    do_at = (b * do_stride[0] + head * do_stride[1] + token * do_stride[2])[:, None] + dim[None, :]
+    row_at = (b * n_head + head) * T + token
+
+    for begin in range(first * BLOCK_T, last * BLOCK_T, BLOCK_N):
+        slot, source = ((begin + col) // BLOCK_T).to(tl.int64), (t0 + (begin + col) % BLOCK_T).to(tl.int64)
+        in_kv = ((slot < last) & (source < T))[:, None] & in_dim[None, :]
+        same_token = token[:, None] == source[None, :]
+        kv_at = (slot * slot_stride[0] + b * slot_stride[1] + kv_head * slot_stride[2] + source * slot_stride[3])[
+            :, None
+        ]
+        sum_at = (slot * sum_stride[0] + b * sum_stride[1] + kv_head * sum_stride[2] + source * sum_stride[3])[:, None]
+        k_tile = tl.load(depth_k + kv_at + dim[None, :], mask=in_kv, other=0.0)  # (BLOCK_N, D)
+        v_tile = tl.load(depth_v + kv_at + dim[None, :], mask=in_kv, other=0.0)
+        summed = in_kv & (slot >= fresh)[:, None]
+        dk_tile = tl.load(sum_k + sum_at + dim[None, :], mask=summed, other=0.0)
+        dv_tile = tl.load(sum_v + sum_at + dim[None, :], mask=summed, other=0.0)
+        for r in tl.static_range(N_READER):
+            if r < n_reader:
+                q_tile = tl.load(q[r] + q_at, mask=in_tile, other=0.0)  # (BLOCK_M, D)
+                do_tile = tl.load(do[r] + do_at, mask=in_tile, other=0.0)
+                lse_log2 = tl.load(lse[r] + row_at, mask=in_row, other=0.0) / LN2
+                delta_tile = tl.load(delta[r] + row_at, mask=in_row, other=0.0)
+                read = same_token & ((slot >= start[r]) & (slot < stop[r]))[None, :]
+                z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+                p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
+                dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+                dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
+                dk_tile = tl.dot(tl.trans(dz), q_tile, dk_tile, input_precision="ieee")
+                dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision="ieee")
+        out_slot = slot - out_first
+        out_at = (out_slot * out_stride[0] + b * out_stride[1] + kv_head * out_stride[2] + source * out_stride[3])[
+            :, None
+        ]
+        tl.store(out_k + out_at + dim[None, :], dk_tile.to(out_k.dtype.element_ty), mask=in_kv)
+        tl.store(out_v + out_at + dim[None, :], dv_tile.to(out_v.dtype.element_ty), mask=in_kv)
 
 
 def _launch(kernel, q, n_kv_head, rows, cols, args, **meta):
@@ -464,16 +528,42 @@ def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
     return o, lse
 
 
-def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16):
-    """Adds the depth part to dq in place; returns ddepth_k, ddepth_v."""
-    ddepth_k, ddepth_v = _unit(torch.empty_like(depth_k), torch.empty_like(depth_v))
+def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, slots=True):
+    """Adds the depth part to dq in place; returns (ddepth_k, ddepth_v), or without `slots` delta (B, n_head, T_q)."""
+    ddepth_k = ddepth_v = dq  # not used
+    if slots:
+        ddepth_k, ddepth_v = _unit(torch.empty_like(depth_k), torch.empty_like(depth_v))
+    delta = torch.empty_like(lse)
     n_slot, _, n_kv_head = depth_k.shape[:3]
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
-    args = (do, q, depth_k, depth_v, o, lse, dq, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
+    args = (do, q, depth_k, depth_v, o, lse, dq, delta, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
     cols, num_warps = (64, 4) if n_head // n_kv_head <= 8 else (32, 2)  # measured: results/NOTES.md
-    _launch(_backward_kernel, q, n_kv_head, rows, cols, (*args, scale / math.log(2)), num_warps=num_warps)
-    return ddepth_k, ddepth_v
+    meta = {"SLOTS": slots, "num_warps": num_warps}
+    _launch(_backward_kernel, q, n_kv_head, rows, cols, (*args, scale / math.log(2)), **meta)
+    return (ddepth_k, ddepth_v) if slots else delta
+
+
+def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out_first, scale, n_reader_max):
+    """Gradients of the slots first..last-1, summed over the layers that read them, from what each of them kept.
+
+    readers: at most n_reader_max of (q, do, lse, delta, start, stop): q, do (B, n_head, T, head_dim), lse, delta
+    (B, n_head, T) of a layer that read the slots start..stop-1, all laid out alike. depth_k, depth_v (n_slot, B,
+    n_kv_head, T, head_dim); sums: two such in float32, what earlier calls summed up, not read for slots below `fresh`;
+    out: two such, written at [s - out_first] for slot s.
+    """
+    if not readers:  # all of them are in sums
+        for x, total in zip(out, sums, strict=True):
+            x.copy_(total[first:last])
+        return
+    q, do, lse, delta, start, stop = zip(*(readers + readers[-1:] * n_reader_max)[:n_reader_max], strict=True)
+    strides = [x.stride()[:-1] for x in (q[0], do[0], depth_k, sums[0], out[0])]
+    n_head, T = q[0].shape[1:3]
+    args = (q, do, lse, delta, start, stop, depth_k, depth_v, *sums, *out, *strides)
+    args += (n_head, T, first, last, fresh, out_first, len(readers), scale, scale / math.log(2))
+    n_kv_head = depth_k.shape[2]
+    meta = {"N_READER": n_reader_max, "num_warps": 4 if n_head // n_kv_head <= 8 else 2}
+    _launch(_slots_backward_kernel, q[0], n_kv_head, 16, 64 if n_head // n_kv_head <= 8 else 32, args, **meta)
 
 
 # ------------------------------------------------------------------------------------------------- the operator

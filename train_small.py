@@ -437,7 +437,7 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
 
 
 def parse_field(assignment):
-    """"FIELD=VALUE" -> (field, value of that field's type); ValueError for an unknown field or a bad value."""
+    """ "FIELD=VALUE" -> (field, value of that field's type); ValueError for an unknown field or a bad value."""
     hints = typing.get_type_hints(TrainConfig) | typing.get_type_hints(MoDAConfig)
     name, _, text = assignment.partition("=")
     if name not in hints:

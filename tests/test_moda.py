@@ -215,12 +215,12 @@ def test_slot_reaches_its_own_position_only(variant, monkeypatch):
         block.attn.register_forward_hook(lambda module, args, out, layer=layer: outputs.update({layer: out}))
 
     def run(changed_slot):
-        def write(self, k, v):
-            if len(self.k) == changed_slot:
+        def write(self, slot, k, v):
+            if slot == changed_slot:
                 mark = torch.zeros_like(k)
                 mark[0, :, t] = 1.0
                 k, v = k + mark, v - mark
-            original_write(self, k, v)
+            original_write(self, slot, k, v)
 
         monkeypatch.setattr(DepthStream, "write", write)
         return model(idx)[0], dict(outputs)
@@ -228,7 +228,7 @@ def test_slot_reaches_its_own_position_only(variant, monkeypatch):
     logits, before = run(None)
     only_t = [[position == t for position in range(8)], [False] * 8]
     from_t = [[position >= t for position in range(8)], [False] * 8]
-    for slot, name in enumerate(names):
+    for slot, name in zip(range(*model.config.slot_range(SMALL.n_layer - 1)), names, strict=True):
         logits_after, after = run(slot)
         reader = next(layer for layer in range(SMALL.n_layer) if name in model.slot_names(layer))
         differs = [(after[layer] != before[layer]).any(-1).tolist() for layer in range(SMALL.n_layer)]
@@ -289,7 +289,7 @@ def test_slot_schedule(variant, layer_3, projections, monkeypatch):
     assert set(model.state_dict()) >= {f"{name}.{w}.weight" for name in modules for w in ("wk", "wv")}
 
     written, original_write = [], DepthStream.write  # and what nobody reads is not written
-    monkeypatch.setattr(DepthStream, "write", lambda self, k, v: (written.append(k), original_write(self, k, v)))
+    monkeypatch.setattr(DepthStream, "write", lambda self, *slot: (written.append(slot), original_write(self, *slot)))
     model(tokens())
     assert len(written) == len({name for layer in range(5) for name in model.slot_names(layer)})
 
