@@ -425,6 +425,15 @@ def _backward_kernel(
 
 
 @jit
+def _pick(of, reader, N_READER: tl.constexpr):
+    """For each row, the element of the tuple `of` that belongs to its reader; pointers as whole numbers."""
+    picked = tl.zeros_like(reader).to(tl.int64) + of[0].to(tl.int64)
+    for r in tl.static_range(1, N_READER):
+        picked = tl.where(reader == r, of[r].to(tl.int64), picked)
+    return picked
+
+
+@jit
 def _slots_backward_kernel(
     q, do, lse, delta, start, stop,  # of the readers: tuples of N_READER pointers, and the range of slots each read
     depth_k, depth_v, sum_k, sum_v, out_k, out_v,  # pointers
@@ -433,67 +442,66 @@ def _slots_backward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_READER: tl.constexpr,
 ):  # fmt: skip
-    """FlashAttention's dK, dV loop, along depth: gradients of the slots first..last-1, summed over the layers that read
-    them. A tile of slots stays in registers while the readers pass by. `sum` holds what earlier calls summed up, except
-    for slots below `fresh`; the result goes to `out`, slot s at out[s - out_first]."""
+    """FlashAttention's dK, dV loop, along depth: gradients of the slots first..last-1, summed over the layers that
+    read them. The rows of all readers make one tile, as if they were more heads of the group, so that the slots pass
+    by once. `sum` is what earlier calls summed up, except for slots below `fresh`; slot s goes to out[s - out_first].
+    """
     LN2: tl.constexpr = 0.6931471805599453
-    BLOCK_T: tl.constexpr = BLOCK_M // GROUP
+    BLOCK_T: tl.constexpr = BLOCK_M // (GROUP * N_READER)
     t0 = tl.program_id(0) * BLOCK_T
     n_kv_head = n_head // GROUP
     b, kv_head = (tl.program_id(1) // n_kv_head).to(tl.int64), (tl.program_id(1) % n_kv_head).to(tl.int64)
 
     row, col, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-    token, head = (t0 + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    reader = row // (BLOCK_T * GROUP)
+    token, head = (t0 + row // GROUP % BLOCK_T).to(tl.int64), kv_head * GROUP + row % GROUP
     in_dim = dim < HEAD_DIM
-    in_row = (row < BLOCK_T * GROUP) & (token < T)
+    in_row = (reader < n_reader) & (token < T)
     in_tile = in_row[:, None] & in_dim[None, :]
-    q_at = (b * q_stride[0] + head * q_stride[1] + token * q_stride[2])[:, None] + dim[None, :]
-    do_at = (b * do_stride[0] + head * do_stride[1] + token * do_stride[2])[:, None] + dim[None, :]
-    row_at = (b * n_head + head) * T + token
+    first_read, last_read = _pick(start, reader, N_READER), _pick(stop, reader, N_READER)
+    q_row = _pick(q, reader, N_READER).to(q[0].dtype) + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
+    do_row = _pick(do, reader, N_READER).to(do[0].dtype) + b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
+    lse_row = _pick(lse, reader, N_READER).to(lse[0].dtype) + (b * n_head + head) * T + token
+    delta_row = _pick(delta, reader, N_READER).to(delta[0].dtype) + (b * n_head + head) * T + token
+    q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
+    do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
+    lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
+    delta_tile = tl.load(delta_row, mask=in_row, other=0.0)
 
     for begin in range(first * BLOCK_T, last * BLOCK_T, BLOCK_N):
         slot, source = ((begin + col) // BLOCK_T).to(tl.int64), (t0 + (begin + col) % BLOCK_T).to(tl.int64)
         in_kv = ((slot < last) & (source < T))[:, None] & in_dim[None, :]
-        same_token = token[:, None] == source[None, :]
-        kv_at = (slot * slot_stride[0] + b * slot_stride[1] + kv_head * slot_stride[2] + source * slot_stride[3])[
-            :, None
-        ]
-        sum_at = (slot * sum_stride[0] + b * sum_stride[1] + kv_head * sum_stride[2] + source * sum_stride[3])[:, None]
-        k_tile = tl.load(depth_k + kv_at + dim[None, :], mask=in_kv, other=0.0)  # (BLOCK_N, D)
-        v_tile = tl.load(depth_v + kv_at + dim[None, :], mask=in_kv, other=0.0)
+        kv_at = slot * slot_stride[0] + b * slot_stride[1] + kv_head * slot_stride[2] + source * slot_stride[3]
+        sum_at = slot * sum_stride[0] + b * sum_stride[1] + kv_head * sum_stride[2] + source * sum_stride[3]
+        k_tile = tl.load(depth_k + kv_at[:, None] + dim[None, :], mask=in_kv, other=0.0)  # (BLOCK_N, D)
+        v_tile = tl.load(depth_v + kv_at[:, None] + dim[None, :], mask=in_kv, other=0.0)
         summed = in_kv & (slot >= fresh)[:, None]
-        dk_tile = tl.load(sum_k + sum_at + dim[None, :], mask=summed, other=0.0)
-        dv_tile = tl.load(sum_v + sum_at + dim[None, :], mask=summed, other=0.0)
-        for r in tl.static_range(N_READER):
-            if r < n_reader:
-                q_tile = tl.load(q[r] + q_at, mask=in_tile, other=0.0)  # (BLOCK_M, D)
-                do_tile = tl.load(do[r] + do_at, mask=in_tile, other=0.0)
-                lse_log2 = tl.load(lse[r] + row_at, mask=in_row, other=0.0) / LN2
-                delta_tile = tl.load(delta[r] + row_at, mask=in_row, other=0.0)
-                read = same_token & ((slot >= start[r]) & (slot < stop[r]))[None, :]
-                z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
-                p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
-                dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-                dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
-                dk_tile = tl.dot(tl.trans(dz), q_tile, dk_tile, input_precision="ieee")
-                dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision="ieee")
-        out_slot = slot - out_first
-        out_at = (out_slot * out_stride[0] + b * out_stride[1] + kv_head * out_stride[2] + source * out_stride[3])[
-            :, None
-        ]
-        tl.store(out_k + out_at + dim[None, :], dk_tile.to(out_k.dtype.element_ty), mask=in_kv)
-        tl.store(out_v + out_at + dim[None, :], dv_tile.to(out_v.dtype.element_ty), mask=in_kv)
+        dk_tile = tl.load(sum_k + sum_at[:, None] + dim[None, :], mask=summed, other=0.0)
+        dv_tile = tl.load(sum_v + sum_at[:, None] + dim[None, :], mask=summed, other=0.0)
+        z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+        read = (slot[None, :] >= first_read[:, None]) & (slot[None, :] < last_read[:, None]) & in_row[:, None]
+        read &= token[:, None] == source[None, :]
+        p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
+        dk_tile = tl.dot(tl.trans(dz), q_tile, dk_tile, input_precision="ieee")
+        dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision="ieee")
+        out_at = (
+            (slot - out_first) * out_stride[0] + b * out_stride[1] + kv_head * out_stride[2] + source * out_stride[3]
+        )
+        tl.store(out_k + out_at[:, None] + dim[None, :], dk_tile.to(out_k.dtype.element_ty), mask=in_kv)
+        tl.store(out_v + out_at[:, None] + dim[None, :], dv_tile.to(out_v.dtype.element_ty), mask=in_kv)
 
 
-def _launch(kernel, q, n_kv_head, rows, cols, args, **meta):
+def _launch(kernel, q, n_kv_head, rows, cols, args, n_reader=1, **meta):
     """Start `kernel` on ceil(T_q / tokens of a block) x (B * n_kv_head) programs, whose tiles of logits have at least
-    `rows` rows and at most `cols` columns."""
+    `rows` rows, n_reader * group for each token, and at most `cols` columns."""
     B, n_head, T_q, head_dim = q.shape
     group = n_head // n_kv_head
-    BLOCK_M = max(rows, triton.next_power_of_2(group))
+    BLOCK_M = max(rows, triton.next_power_of_2(group * n_reader))
     D = max(16, triton.next_power_of_2(head_dim))
     BLOCK_N = max(16, min(cols, 16384 // (D * q.element_size())))  # a tile of keys takes at most 16 KB
-    grid = (triton.cdiv(T_q, BLOCK_M // group), B * n_kv_head)
+    grid = (triton.cdiv(T_q, BLOCK_M // (group * n_reader)), B * n_kv_head)
     sizes = {"GROUP": group, "HEAD_DIM": head_dim, "D": D, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     with torch.cuda.device(q.device if q.is_cuda else -1):
         kernel[grid](*args, **(sizes | meta))
@@ -501,7 +509,7 @@ def _launch(kernel, q, n_kv_head, rows, cols, args, **meta):
 
 def _depth_forward_triton(q, depth_k, depth_v, o, lse, scale):
     """`_depth_forward_torch` by the kernel. Overwrites o and lse."""
-    (o,), lse = _unit(o), lse.contiguous()
+    (o,), lse = _readable(o), lse.contiguous()
     n_slot, _, n_kv_head = depth_k.shape[:3]
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (q, q, q, depth_k, depth_v, o)]
@@ -511,10 +519,11 @@ def _depth_forward_triton(q, depth_k, depth_v, o, lse, scale):
 
 
 def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
-    """The whole of Algorithm 1 in one kernel, `rows` rows a program. Returns the joint (o, lse)."""
+    """The whole of Algorithm 1 in one kernel, `rows` rows a program (fewer where they would not fit). Returns the joint
+    (o, lse)."""
     if depth_k is None:
         depth_k = depth_v = q.new_empty(0, q.shape[0], k.shape[1], q.shape[2], q.shape[3])
-    (o,), lse = _unit(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    (o,), lse = _readable(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
     scale_log2 = scale / math.log(2)
@@ -532,7 +541,7 @@ def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, 
     """Adds the depth part to dq in place; returns (ddepth_k, ddepth_v), or without `slots` delta (B, n_head, T_q)."""
     ddepth_k = ddepth_v = dq  # not used
     if slots:
-        ddepth_k, ddepth_v = _unit(torch.empty_like(depth_k), torch.empty_like(depth_v))
+        ddepth_k, ddepth_v = _readable(torch.empty_like(depth_k), torch.empty_like(depth_v))
     delta = torch.empty_like(lse)
     n_slot, _, n_kv_head = depth_k.shape[:3]
     n_head, T_q = q.shape[1:3]
@@ -561,9 +570,8 @@ def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out
     n_head, T = q[0].shape[1:3]
     args = (q, do, lse, delta, start, stop, depth_k, depth_v, *sums, *out, *strides)
     args += (n_head, T, first, last, fresh, out_first, len(readers), scale, scale / math.log(2))
-    n_kv_head = depth_k.shape[2]
-    meta = {"N_READER": n_reader_max, "num_warps": 4 if n_head // n_kv_head <= 8 else 2}
-    _launch(_slots_backward_kernel, q[0], n_kv_head, 16, 64 if n_head // n_kv_head <= 8 else 32, args, **meta)
+    rows = 16 if q[0].dtype == torch.float32 else 64
+    _launch(_slots_backward_kernel, q[0], depth_k.shape[2], rows, 64, args, n_reader_max, N_READER=n_reader_max)
 
 
 # ------------------------------------------------------------------------------------------------- the operator
@@ -572,9 +580,15 @@ def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out
 # in memory like `torch.empty_like` of the input they belong to, which is what the fake versions promise the compiler.
 
 
-def _unit(*tensors):
-    """The tensors with their last dimension in a row, which every kernel wants; their other strides are free."""
-    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+def _readable(*tensors):
+    """The tensors, copied where a kernel could not read them: it wants the last dimension in a row, and on CUDA each
+    row at a multiple of 16 bytes. PyTorch's operators do not check that: one answers wrongly, another crashes."""
+
+    def can_read(x):
+        steps = (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:-1]))
+        return x.stride(-1) == 1 and not (x.is_cuda and any(n % 16 for n in steps))
+
+    return tuple(x if x is None or can_read(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
 def _laid_out(x, like):
@@ -601,6 +615,37 @@ def _why_not_triton(q):
     return None
 
 
+def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl):
+    """(o, lse) as `moda_attention`, for tensors that it has checked and an impl that it has chosen; no autograd."""
+    q_read, k, v, depth_k, depth_v = _readable(q, k, v, depth_k, depth_v)
+    with _full_precision(q):
+        if impl == "fused":
+            o, lse = _fused_forward(q_read, k, v, depth_k, depth_v, causal, scale)
+        else:
+            o, lse = _sequence_forward(q_read, k, v, causal, scale)
+            if depth_k is not None:
+                depth_forward = _depth_forward_torch if impl == "torch" else _depth_forward_triton
+                o, lse = depth_forward(q_read, depth_k, depth_v, o, lse, scale)
+    return _laid_out(o, q), lse.contiguous()
+
+
+def attention_backward(do, q, k, v, depth_k, depth_v, o, lse, causal, scale, impl):
+    """[dq, dk, dv] and, if there are slots, ddepth_k, ddepth_v, from what `attention_forward` took and returned."""
+    inputs = [x for x in (q, k, v, depth_k, depth_v) if x is not None]
+    q, k, v, depth_k, depth_v = _readable(q, k, v, depth_k, depth_v)
+    do, o = _laid_out(do, q), _laid_out(o, q)
+    with _full_precision(q):
+        dq, dk, dv = _sequence_backward(do, q, k, v, o, lse, causal, scale)
+        ddepth = ()
+        if depth_k is not None and impl == "torch":
+            dq_depth, *ddepth = _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale)
+            dq = dq + dq_depth
+        elif depth_k is not None:
+            (dq,) = _readable(dq)
+            ddepth = _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq)
+    return [_laid_out(grad, x) for grad, x in zip((dq, dk, dv, *ddepth), inputs, strict=True)]
+
+
 @torch.library.custom_op("moda::attention", mutates_args=())
 def _attention(
     q: torch.Tensor,
@@ -612,15 +657,7 @@ def _attention(
     scale: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with _full_precision(q):
-        if impl == "fused":
-            o, lse = _fused_forward(q, k, v, depth_k, depth_v, causal, scale)
-        else:
-            o, lse = _sequence_forward(q, k, v, causal, scale)
-            if depth_k is not None:
-                depth_forward = _depth_forward_torch if impl == "torch" else _depth_forward_triton
-                o, lse = depth_forward(q, depth_k, depth_v, o, lse, scale)
-    return _laid_out(o, q), lse.contiguous()
+    return attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl)
 
 
 @_attention.register_fake
@@ -642,19 +679,7 @@ def _attention_backward(
     scale: float,
     impl: str,
 ) -> list[torch.Tensor]:
-    inputs = [x for x in (q, k, v, depth_k, depth_v) if x is not None]
-    do = _laid_out(do, q)
-    with _full_precision(q):
-        dq, dk, dv = _sequence_backward(do, q, k, v, o, lse, causal, scale)
-        ddepth = ()
-        if depth_k is not None and impl == "torch":
-            dq_depth, *ddepth = _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale)
-            dq = dq + dq_depth
-        elif depth_k is not None:
-            (dq,) = _unit(dq)
-            ddepth = _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq)
-    grads = [dq, dk, dv, *ddepth]
-    return [_laid_out(grad, x) for grad, x in zip(grads, inputs, strict=True)]
+    return attention_backward(do, q, k, v, depth_k, depth_v, o, lse, causal, scale, impl)
 
 
 @_attention_backward.register_fake
@@ -696,6 +721,7 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     return_lse: also return the joint log-sum-exp (B, n_head, T_q), float32 or wider, not differentiable.
 
     Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable, once, in all five tensors.
+    A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0.
     Under autocast the inputs are cast as those of PyTorch's own attention are.
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal, for empty tensors,
     and for an `impl` that is unknown or cannot run here.
@@ -722,7 +748,6 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     scale = head_dim**-0.5 if scale is None else float(scale)
     if scale <= 0:  # PyTorch's CPU kernel masks before it scales: -inf would become +inf or NaN
         q, scale = q * scale, 1.0
-    q, k, v, depth_k, depth_v = _unit(q, k, v, depth_k, depth_v)
     pad = -head_dim % 8 if q.is_cuda else 0  # CUDA's fused attentions read rows in steps of 16 bytes
     if pad:
         q, k, v, depth_k, depth_v = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, v, depth_k, depth_v))

@@ -148,12 +148,15 @@ class DepthStream:
 
     def read(self, start, stop):
         """depth_k, depth_v (stop - start, B, n_kv_head, T, head_dim): the slots start..stop-1, or (None, None)."""
+        self.check_gradients(start, stop)
+        return (torch.stack(self.k[start:stop]), torch.stack(self.v[start:stop])) if stop > start else (None, None)
+
+    def check_gradients(self, start, stop):
         if torch.is_grad_enabled() and not all(self.with_grad[slot] for slot in range(start, stop)):
             raise RuntimeError(
                 "a slot was written without gradients and is read with them: under reentrant activation checkpointing "
                 "its gradient would be lost, use use_reentrant=False"
             )
-        return (torch.stack(self.k[start:stop]), torch.stack(self.v[start:stop])) if stop > start else (None, None)
 
     def attend(self, q, k, v, start, stop):
         """Attention over the sequence and the slots start..stop-1 -> (B, n_head, T, head_dim)."""
@@ -182,11 +185,11 @@ class FastDepthStream(DepthStream):
         self.token = _Write.apply(k, v, self.token, self.slots, slot)
 
     def read(self, start, stop):
-        super().read(start, start)
+        self.check_gradients(start, stop)
         return (self.slots.k[start:stop], self.slots.v[start:stop]) if stop > start else (None, None)
 
     def attend(self, q, k, v, start, stop):
-        self.read(start, stop)
+        self.check_gradients(start, stop)
         o, self.token = _Attend.apply(q, k, v, self.token, self.slots, start, stop)
         return o
 
@@ -251,7 +254,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, token, slots, start, stop):
         depth = (slots.k[start:stop], slots.v[start:stop]) if stop > start else (None, None)
-        o, lse = kernel._attention(q, k, v, *depth, True, q.shape[-1] ** -0.5, "triton")
+        o, lse = kernel.attention_forward(q, k, v, *depth, True, q.shape[-1] ** -0.5, "triton")
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.slots, ctx.start, ctx.stop = slots, start, stop
         ctx.set_materialize_grads(False)
@@ -288,6 +291,11 @@ class KVCache:
         self.k[layer, :, :, self.length : stop] = k
         self.v[layer, :, :, self.length : stop] = v
         return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+
+
+def rms_norm(n):
+    """PyTorch's RMSNorm over n channels, with one eps: its default depends on the dtype."""
+    return nn.RMSNorm(n, eps=1e-6)
 
 
 def rotate(x, cos, sin):
@@ -333,8 +341,8 @@ class Attention(nn.Module):
         self.wq = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.kv = KVProjection(c)
         self.wo = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.q_norm = nn.RMSNorm(c.head_dim) if c.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(c.head_dim) if c.qk_norm else nn.Identity()  # for the slots of this layer too
+        self.q_norm = rms_norm(c.head_dim) if c.qk_norm else nn.Identity()
+        self.k_norm = rms_norm(c.head_dim) if c.qk_norm else nn.Identity()  # for the slots of this layer too
         self.writes = {kind: c.is_read(kind, layer) for kind in ("attn", "ffn")}
         self.attn_kv = KVProjection(c) if c.attn_kv and self.writes["attn"] else None
         self.ffn_kv = KVProjection(c) if self.writes["ffn"] else None
@@ -375,7 +383,7 @@ class Block(nn.Module):
         super().__init__()
         self.pre = config.norm == "pre"
         self.attn, self.ffn = Attention(config, layer), SwiGLU(config)
-        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.n_embd), nn.RMSNorm(config.n_embd)
+        self.attn_norm, self.ffn_norm = rms_norm(config.n_embd), rms_norm(config.n_embd)
 
     def forward(self, x, rope, stream, cache=None, maps=None):
         o = self.attn(self.attn_norm(x) if self.pre else x, rope, stream, cache, maps)  # (B, T, n_embd)
@@ -410,7 +418,7 @@ class MoDA(nn.Module):
         self.config, self.impl, self.checkpoint = config, impl, checkpoint
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and, transposed, the LM head
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd) if config.norm == "pre" else nn.Identity()
+        self.norm = rms_norm(config.n_embd) if config.norm == "pre" else nn.Identity()
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), config.rope_theta**-exponent)
         self.register_buffer("cos", angle.cos().float(), persistent=False)  # (block_size, head_dim / 2)

@@ -9,6 +9,7 @@ from math import exp
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patches import Rectangle
 
@@ -91,6 +92,26 @@ def end_label(ax, x, y, text, color, dy=0.0, **kwargs):
     """Name a line at its right end, in its own colour, instead of a legend. dy moves the text, in points."""
     kwargs = {"color": shade(color), "va": "center", "annotation_clip": False, **kwargs}
     ax.annotate(text, (x, y), (6, dy), textcoords="offset points", **kwargs)
+
+
+def tiles(ax, visible, computed, colors):
+    """A mask as tiles meet it: what is read in its column's colour, what is computed and masked pale, the rest blank.
+
+    visible, computed: (rows, columns) of bool; colors: one a column.
+    """
+    strong, pale = ([tint(color, amount) for color in colors] for amount in (1, 0.22))
+    image = np.where(np.asarray(computed)[..., None], np.array(pale), 1.0)
+    ax.imshow(np.where(np.asarray(visible)[..., None], np.array(strong), image), aspect="auto", interpolation="nearest")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def state(ax, x, fig):
+    """x (rows, steps), one number a row and step, with a colour bar of its own; NaN is grey."""
+    image = ax.imshow(x, cmap=HEAT.with_extremes(bad=PALE), aspect="auto", interpolation="nearest")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    fig.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
 
 
 def decoding_grid(ax, sublayers, tokens, t):

@@ -124,7 +124,7 @@ def oracle(inputs, do=None, **kwargs):
 def assert_close(got, want, tolerance):
     assert got.keys() == want.keys()
     for name, ref in want.items():
-        x = got[name].cpu().double()
+        x, ref = got[name].cpu().double(), ref.cpu().double()
         assert x.shape == ref.shape, name
         # a gradient may vanish altogether (one position without depth: softmax of one logit), and lse may cross zero
         norm = ref.norm().item()
@@ -267,6 +267,8 @@ def test_matches_oracle_beyond_the_grid(shape, kwargs, impl, device, dtype):
     inputs = random_inputs(**shape, dtype=dtype, device=device)
     # PyTorch's CPU kernel adds up blocks of dk, dv in bf16
     slack = 1.5 if device == "cpu" and shape["T_q"] > 512 else 1
+    if shape.get("head_dim", 16) < 4:  # few channels: the rounding of o does not average out in delta
+        slack = 2
     check(impl, inputs, random_like(inputs[0]), slack, **kwargs)
 
 

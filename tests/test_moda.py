@@ -1,19 +1,23 @@
 """The model: against the same model written naively, and property by property on whole models."""
 
+import copy
 import dataclasses
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernel
 import moda
 from kernel import moda_attention, moda_attention_reference
-from moda import PRESETS, DepthStream, KVCache, MoDA, MoDAConfig, flops
+from moda import PRESETS, DepthStream, FastDepthStream, KVCache, MoDA, MoDAConfig, flops
 
 SMALL = MoDAConfig(block_size=16, vocab_size=23, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_hidden=40)
 
@@ -106,7 +110,7 @@ def naive_model(model, idx):
         return y + w[f"{name}.bias"] if c.bias else y
 
     def rms_norm(x, name):
-        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt() * w[f"{name}.weight"]
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
 
     def heads(x, norm=None):
         x = x.unflatten(-1, (-1, c.head_dim)).transpose(1, 2)  # (B, n, T, head_dim)
@@ -702,3 +706,160 @@ def test_other_errors():
             model.generate(idx, 1, **options)
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(idx, -1)
+
+
+# ---------------------------------------------------------------------------------------------- the fast depth stream
+#
+# In Triton's interpreter on the CPU, or compiled on a GPU, against the plain stream of the portable path.
+
+DEEP = {"n_layer": 7}  # readers gather in fours: one full pass over the slots, and a rest
+FAST_VARIANTS = [
+    DEEP,
+    DEEP | ROWS[3],
+    DEEP | ROWS[5],
+    DEEP | {"depth_window": 1},
+    DEEP | {"depth_window": 3},
+    DEEP | {"norm": "pre", "depth_rope": False},
+    {"n_layer": 2},
+    {"n_layer": 12},
+]
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+TIGHT = 1e-5  # float32 rounds to 6e-8; with weights as they are initialised a deep model amplifies that tenfold
+
+
+def fast_and_plain(device="cpu", **variant):
+    """A float32 model with the fast stream, its twin in float64 without, and tokens."""
+    if device == "cpu":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    model = MoDA(replace(SMALL, **variant), impl="triton").to(device)
+    plain = copy.deepcopy(model).double()
+    plain.impl = "torch"
+    assert model._stream(model.cos) is FastDepthStream and plain._stream(plain.cos) is DepthStream
+    return model, plain, tokens().to(device), tokens(seed=2).to(device)
+
+
+def worst(got, want):
+    """The largest relative error ||x - ref|| / ||ref|| of the gradients {name: gradient}."""
+    return max(((got[name].double() - grad).norm() / grad.norm()).item() for name, grad in want.items())
+
+
+@on_each_device
+@pytest.mark.filterwarnings(
+    "ignore:.*encountered in matmul:RuntimeWarning"
+)  # in slots that nobody reads, never written
+@pytest.mark.parametrize("variant", FAST_VARIANTS, ids=name_of)
+def test_fast_stream_gradients(variant, device):
+    model, plain, idx, targets = fast_and_plain(device, **variant)
+    assert worst(gradients(model, idx, targets), gradients(plain, idx, targets)) <= TIGHT
+
+
+@on_each_device
+def test_fast_stream_under_autograd(device):
+    """Accumulation, several graphs at once, one used twice, one that broke off, one that starts in the middle."""
+    model, plain, idx, targets = fast_and_plain(device, **DEEP)
+    want = gradients(plain, idx, targets)
+    first, second = model(idx, targets)[1], model(targets, idx)[1]
+    model.zero_grad()
+    second.backward()
+    second_grads = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    first.backward(retain_graph=True)
+    assert worst({name: p.grad for name, p in model.named_parameters()}, want) <= TIGHT
+    first.backward()  # adds the same once more
+    twice = {name: 2 * grad for name, grad in want.items()}
+    assert worst({name: p.grad for name, p in model.named_parameters()}, twice) <= TIGHT
+    assert worst(second_grads, gradients(plain, targets, idx)) <= TIGHT
+
+    loss = model(idx, targets)[1]
+
+    def broken(grad):
+        raise RuntimeError("broke off")
+
+    handle = model.blocks[2].attn.wq.weight.register_hook(broken)
+    with pytest.raises(RuntimeError, match="broke off"):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    model.zero_grad()
+    loss.backward()
+    assert worst({name: p.grad for name, p in model.named_parameters()}, want) <= TIGHT
+
+    def of_layer_4(model):
+        seen = []
+        handle = model.blocks[4].register_forward_hook(lambda module, args, out: seen.append(out))
+        model(idx)
+        handle.remove()
+        loss = (seen[0] * torch.linspace(-1, 1, SMALL.n_embd, device=device)).sum()
+        parameters = [p for block in model.blocks[:4] for p in block.parameters()]
+        return dict(enumerate(torch.autograd.grad(loss, parameters)))
+
+    assert worst(of_layer_4(model), of_layer_4(plain)) <= TIGHT
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0].double(), plain(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+@on_each_device
+def test_checkpointed_layers(device):
+    model, plain, idx, targets = fast_and_plain(device, **DEEP)
+    want = gradients(plain, idx, targets)
+    for either in (model, plain):
+        either.checkpoint = True
+        assert worst(gradients(either, idx, targets), want) <= TIGHT
+
+
+@pytest.mark.parametrize("which", ["fast", "plain"])
+def test_reentrant_checkpointing_is_refused(which):
+    model, plain, idx, targets = fast_and_plain()
+    model = model if which == "fast" else plain
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda x, *args, forward=forward: checkpoint(forward, x, *args, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(idx, targets)[1].backward()
+
+
+@on_each_device
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_fast_stream_leaves_nothing_behind(checkpointed, device):
+    model, _, idx, targets = fast_and_plain(device)
+    model.checkpoint = checkpointed
+    slots = []
+    original = moda._Slots.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            moda._Slots, "__init__", lambda self, *a: (slots.append(weakref.ref(self)), original(self, *a))[1]
+        )
+        gc.collect()
+        gc.disable()  # by reference counting alone
+        try:
+            for _ in range(3):
+                model(idx, targets)[1].backward()
+            model(idx, targets)  # and never differentiated
+            alive = [ref() is not None for ref in slots]
+        finally:
+            gc.enable()
+    assert alive == [False] * 4
+
+
+@on_each_device
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
+def test_compiled_parts(device):
+    model, plain, idx, targets = fast_and_plain(device, **DEEP)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):  # the last layer writes no slots: two of each part
+        assert worst(gradients(model.compile_parts(), idx, targets), gradients(plain, idx, targets)) <= TIGHT
+
+
+@pytest.mark.gpu
+def test_fast_stream_in_bf16():
+    """Whole-model gradients under autocast, against float64."""
+    model, plain, idx, targets = fast_and_plain("cuda", **DEEP, n_embd=128)
+    want, portable = gradients(plain, idx, targets), copy.deepcopy(model)
+    portable.impl = "torch"
+    with torch.autocast("cuda", torch.bfloat16):
+        got, portable_grads = gradients(model, idx, targets), gradients(portable, idx, targets)
+    for name, grad in want.items():  # bf16 everywhere: no worse than the portable path, which rounds in the same places
+        error, usual = ((g[name].double() - grad).norm() / grad.norm() for g in (got, portable_grads))
+        assert error <= 1.5 * usual + 1e-3, name
