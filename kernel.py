@@ -33,6 +33,8 @@ except ImportError:  # macOS, Windows: everything but the Triton kernels works
     triton, tl = None, SimpleNamespace(constexpr=None)  # their signatures still have to read
 
 aten = torch.ops.aten
+# asked for once: torch.compile cannot trace the question everywhere
+AUTOCAST_DEVICES = [name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)]
 INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors
 
 
@@ -41,8 +43,7 @@ INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTE
 
 def _full_precision(x):
     """A context without autocast on x's device: where there is float32 in this file, it is meant."""
-    available = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST_DEVICES else nullcontext()
 
 
 def moda_attention_weights(q, k, depth_k=None, *, causal=True, scale=None):
@@ -425,11 +426,11 @@ def _backward_kernel(
 
 
 @jit
-def _pick(of, reader, N_READER: tl.constexpr):
+def _pick(of, reader, N_READER: tl.constexpr, POINTER: tl.constexpr):
     """For each row, the element of the tuple `of` that belongs to its reader; pointers as whole numbers."""
-    picked = tl.zeros_like(reader).to(tl.int64) + of[0].to(tl.int64)
-    for r in tl.static_range(1, N_READER):
-        picked = tl.where(reader == r, of[r].to(tl.int64), picked)
+    picked = tl.zeros_like(reader).to(tl.int64)
+    for r in tl.static_range(N_READER):
+        picked = tl.where(reader == r, of[r].to(tl.int64) if POINTER else of[r], picked)
     return picked
 
 
@@ -458,11 +459,16 @@ def _slots_backward_kernel(
     in_dim = dim < HEAD_DIM
     in_row = (reader < n_reader) & (token < T)
     in_tile = in_row[:, None] & in_dim[None, :]
-    first_read, last_read = _pick(start, reader, N_READER), _pick(stop, reader, N_READER)
-    q_row = _pick(q, reader, N_READER).to(q[0].dtype) + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
-    do_row = _pick(do, reader, N_READER).to(do[0].dtype) + b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
-    lse_row = _pick(lse, reader, N_READER).to(lse[0].dtype) + (b * n_head + head) * T + token
-    delta_row = _pick(delta, reader, N_READER).to(delta[0].dtype) + (b * n_head + head) * T + token
+    first_read, last_read = _pick(start, reader, N_READER, False), _pick(stop, reader, N_READER, False)
+    q_row = _pick(q, reader, N_READER, True).to(q[0].dtype) + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
+    do_row = (
+        _pick(do, reader, N_READER, True).to(do[0].dtype)
+        + b * do_stride[0]
+        + head * do_stride[1]
+        + token * do_stride[2]
+    )
+    lse_row = _pick(lse, reader, N_READER, True).to(lse[0].dtype) + (b * n_head + head) * T + token
+    delta_row = _pick(delta, reader, N_READER, True).to(delta[0].dtype) + (b * n_head + head) * T + token
     q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
     do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
     lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
@@ -727,7 +733,7 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     and for an `impl` that is unknown or cannot run here.
     """
     device_type = q.device.type if isinstance(q, torch.Tensor) else "cpu"
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         dtype, casts = torch.get_autocast_dtype(device_type), (torch.float32, torch.float16, torch.bfloat16)
         q, k, v, depth_k, depth_v = (
             x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in casts else x for x in (q, k, v, depth_k, depth_v)
