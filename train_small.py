@@ -588,6 +588,7 @@ def main(argv=None):
             row = f"{r['parameters']:12,} {r['tokens_per_s']:10,.0f} {r['val_loss']:11.4f} {r['val_bpb']:10.4f}"
             print(f"{name:6} {row}")
     if WORLD > 1:
+        dist.barrier()  # a process that leaves early can take the others down
         dist.destroy_process_group()
     results["run"] = str(folder)
     return results | ({"plain": table["plain"]} if config.compare else {})
