@@ -44,8 +44,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 FORMAT = "moda train_small 1"  # changes when older checkpoints can no longer be read
 END = "<|endoftext|>"
 PIECE = 2**16  # characters encoded at a time: a longer run of spaces overflows the stack of tiktoken's regex
-# besides tests and other people's packages: one generated file of prose, which would be half of the validation text
-STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+# besides tests and other people's packages: what is no program, one generated file of prose and a hundred code tables
+STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings"}
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class TrainConfig:
     eval_every: int = 50
     eval_tokens: int = 8192  # of the validation split, while training; at the end all of it counts
     save_every: int = 200
-    prompt: str = ""  # of the sample; empty: the beginning of a document
+    prompt: str = ""  # of the sample; empty: 32 tokens from the middle of the validation text
     sample_tokens: int = 300
-    temperature: float = 0.8
+    temperature: float = 0.7
     top_k: int | None = 50
 
     def __post_init__(self):
@@ -577,6 +577,9 @@ def main(argv=None):
     if RANK == 0:
         torch.manual_seed(config.seed)
         prompt = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(config.prompt)]], device=device)
+        if not config.prompt:
+            x = inputs[1][0]  # (n_window, T)
+            prompt = torch.cat([prompt, x[len(x) // 2, :32][None]], dim=1)  # (1, up to 33)
         ids = model.generate(prompt, config.sample_tokens, config.temperature, config.top_k)[0, 1:]
         results["sample"] = tokenizer.decode(ids.tolist())
         (folder / "sample.txt").write_text(results["sample"], encoding="utf-8")
