@@ -141,7 +141,7 @@ def _backend(q, k, v, causal):
     return "flash" if can_use_flash_attention(params) else "efficient"
 
 
-# cuDNN's plans are cached by the shapes and strides of q, k, v, but (torch <= 2.13) not by those of o and do: whoever
+# cuDNN's plans are cached by the shapes and strides of q, k, v, but not by those of o and do (seen with torch 2.11): whoever
 # comes second with other strides silently gets wrong gradients. So o and do always go in laid out like q, and the plans
 # are our own: the dropout probability is part of the key byte by byte, where -0.0, just as much no dropout, differs
 # from everybody else's 0.0.
@@ -553,7 +553,9 @@ def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, 
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
     args = (do, q, depth_k, depth_v, o, lse, dq, delta, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
-    cols, num_warps = (64, 4) if n_head // n_kv_head <= 8 else (32, 2)  # measured: results/NOTES.md
+    cols, num_warps = (
+        (64, 4) if n_head // n_kv_head <= 8 else (32, 2)
+    )  # 64 columns of 16 heads do not fit the registers
     meta = {"SLOTS": slots, "num_warps": num_warps}
     _launch(_backward_kernel, q, n_kv_head, rows, cols, (*args, scale / math.log(2)), **meta)
     return (ddepth_k, ddepth_v) if slots else delta

@@ -222,9 +222,7 @@ class _Slots:
         self.readers.append((q, do, lse, delta, start, stop))
         if len(self.readers) == FastDepthStream.READERS:
             first = min(reader[4] for reader in self.readers)
-            self.backward(
-                self.sums, first, stop
-            )  # what this layer did not read is done already: its writers came before
+            self.backward(self.sums, first, stop)  # slots from `stop` on are done: their writers came before
             self.fresh, self.readers = min(self.fresh, first), []
 
     def writer(self, slot):

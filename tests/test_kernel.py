@@ -4,7 +4,12 @@ The oracle is `moda_attention_reference` in float64, which is itself checked aga
 A test below runs once for every (impl, device) of RUNS: a new implementation is one more line there.
 """
 
+import os
+import platform
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -544,6 +549,54 @@ def test_autocast_leaves_float64_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert F.scaled_dot_product_attention(*inputs[:3], enable_gqa=True).dtype == torch.float64
         check("torch", inputs)
+
+
+AHEAD_OF_TIME = """
+import kernel, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+FLOAT32 = {"lse", "delta", "sum_k", "sum_v"}
+POINTERS = FLOAT32 | set("q k v o do dq depth_k depth_v ddepth_k ddepth_v out_k out_v".split())
+
+def kind(name, dtype, n_reader):
+    if name.endswith("_stride"):
+        return ("i32",) * (4 if name.split("_")[0] in ("depth", "ddepth", "slot", "sum", "out") else 3)
+    one = "*fp32" if name in FLOAT32 else "*" + dtype if name in POINTERS else "fp32" if "scale" in name else "i32"
+    return (one,) * n_reader if n_reader and name in ("q", "do", "lse", "delta", "start") else one
+
+for dtype, rows in (("bf16", 64), ("fp32", 16)):
+    common = {"HEAD_DIM": 48, "D": 64, "BLOCK_N": 32}
+    for group in (3, 8):
+        for fn, options in (
+            (kernel._forward_kernel, {"BLOCK_M": 16, "CAUSAL": True, "CONTINUE": True}),
+            (kernel._forward_kernel, {"BLOCK_M": rows, "CAUSAL": True, "CONTINUE": False}),
+            (kernel._forward_kernel, {"BLOCK_M": rows, "CAUSAL": False, "CONTINUE": False}),
+            (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": True}),
+            (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": False}),
+            (kernel._slots_backward_kernel, {"BLOCK_M": max(rows, 4 * group), "N_READER": 4}),
+        ):
+            constants = common | options | {"GROUP": group}
+            n_reader = options.get("N_READER", 0)
+            signature = {n: "constexpr" if n in constants else kind(n, dtype, n_reader) for n in fn.arg_names}
+            constexprs = {(fn.arg_names.index(n),): value for n, value in constants.items()}
+            if n_reader:  # Triton makes a constant of every 1
+                signature["stop"] = ("constexpr", "i32", "constexpr", "i32")
+                constexprs |= {(fn.arg_names.index("stop"), i): 1 for i in (0, 2)}
+            source = ASTSource(fn=fn, signature=signature, constexprs=constexprs)
+            triton.compile(source, target=GPUTarget("cuda", 90, 32))
+            print("compiled", fn.__name__, dtype, group, options)
+"""
+
+
+@pytest.mark.skipif(kernel.triton is None or platform.machine() != "x86_64", reason="needs Triton and its assembler")
+def test_kernels_compile_for_a_gpu():
+    """The interpreter takes what the compiler refuses. Compiling needs no GPU: here for compute capability 9.0."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", AHEAD_OF_TIME]
+    run = subprocess.run(command, env=environment, cwd=Path(kernel.__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("compiled") == 24
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
