@@ -141,10 +141,10 @@ def _backend(q, k, v, causal):
     return "flash" if can_use_flash_attention(params) else "efficient"
 
 
-# cuDNN's plans are cached by the shapes and strides of q, k, v, but not by those of o and do (seen with torch 2.11): whoever
-# comes second with other strides silently gets wrong gradients. So o and do always go in laid out like q, and the plans
-# are our own: the dropout probability is part of the key byte by byte, where -0.0, just as much no dropout, differs
-# from everybody else's 0.0.
+# cuDNN's plans are cached by the shapes and strides of q, k, v, but (seen with torch 2.11) not by those of o and do:
+# whoever comes second with other strides silently gets wrong gradients. So o and do always go in laid out like q, and
+# the plans are our own: the dropout probability is part of the key byte by byte, where -0.0, just as much no dropout,
+# differs from everybody else's 0.0.
 _CUDNN_DROPOUT = -0.0
 
 
