@@ -553,9 +553,7 @@ def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, 
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
     args = (do, q, depth_k, depth_v, o, lse, dq, delta, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
-    cols, num_warps = (
-        (64, 4) if n_head // n_kv_head <= 8 else (32, 2)
-    )  # 64 columns of 16 heads do not fit the registers
+    cols, num_warps = (64, 4) if n_head // n_kv_head <= 8 else (32, 2)  # wider is slower with 16 heads and more
     meta = {"SLOTS": slots, "num_warps": num_warps}
     _launch(_backward_kernel, q, n_kv_head, rows, cols, (*args, scale / math.log(2)), **meta)
     return (ddepth_k, ddepth_v) if slots else delta
