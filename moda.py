@@ -352,10 +352,11 @@ class Attention(nn.Module):
 
     def project(self, x, rope):
         """x (B, T, n_embd) -> q (B, n_head, T, head_dim), k, v (B, n_kv_head, T, head_dim), slot: None or (k, v)."""
-        q = self.wq(x).unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)
+        q = self.wq(x).unflatten(-1, (self.config.n_head, -1))  # (B, T, n_head, head_dim)
         k, v = self.kv(x)
         # norm and rotation in the weights' precision, also where autocast makes q, k, v bf16
-        q = rotate(self.q_norm(q.to(rope[0].dtype)), *rope).to(v.dtype)
+        q = rotate(self.q_norm(q.to(rope[0].dtype)), *(angle.unsqueeze(1) for angle in rope))
+        q = q.to(v.dtype).transpose(1, 2)  # attention's output is laid out like q: this way wo reads it in place
         k_seq = rotate(self.k_norm(k.to(rope[0].dtype)), *rope).to(v.dtype)
         if self.attn_kv is not None:
             return q, k_seq, v, self.slot(*self.attn_kv(x), rope)
