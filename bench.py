@@ -3,10 +3,12 @@
     python bench.py kernel    the operator against attention without depth, in the settings of the paper's Table 2,
                               and the paper's Table 7, the ladder from naive loops to the kernel
     python bench.py train     whole training steps, forward + backward, with and without depth, in four shapes
+    python bench.py generate  cached decoding with and without depth
+    python bench.py scale     time and memory over n_layer, T and the window of slots, beside the formulas of Table 1
 
 Variants take turns, repetition by repetition, so that a drift of the clock hits all alike; differences are medians
-over the turns. `kernel` times nothing before it has been checked on the same tensors; the gradients of the model that
-`train` times are checked by the tests alone.
+over the turns. Nothing is timed before it has been checked: `kernel` against the equation in float64 on the same
+tensors, `train` against the portable path (loss and every gradient), `generate` token by token.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
 from kernel import moda_attention, moda_attention_reference
-from moda import PRESETS, MoDA, MoDAConfig, flops
+from moda import PRESETS, MoDA, MoDAConfig, capture, flops
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
@@ -417,53 +420,74 @@ def kernel_times(step):
         "_backward_kernel": "depth dq",
         "_slots_backward_kernel": "depth dk, dv",
     }
-    times = dict.fromkeys((*kinds.values(), "other"), 0.0)
+    times = dict.fromkeys((*kinds.values(), "rest"), 0.0)
     for event in profile.key_averages():
-        times[kinds.get(event.key, "other")] += event.self_device_time_total / 1000
+        times[kinds.get(event.key, "rest")] += event.self_device_time_total / 1000
     return times
+
+
+def train_step(model):
+    """-> a function of idx, targets (B, T): forward and backward in bf16 autocast; returns the loss."""
+
+    def step(idx, targets):
+        for p in model.parameters():
+            p.grad = None
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(idx, targets)[1]
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def step_error(model, step, idx, targets):
+    """Relative error of all gradients together, against the portable path of the same model."""
+    portable = MoDA(model.config, impl="torch", checkpoint=True).cuda()
+    portable.load_state_dict(model.state_dict())
+    loss, want = step(idx, targets).item(), train_step(portable)(idx, targets).item()
+    grads, wanted = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, portable))
+    return loss - want, relative_error(grads, wanted.double())
 
 
 def bench_train(args):
     copy_TBps, matmul_TFLOPs = ceilings()
     result = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "shapes": {}}
     print(f"{result['machine']}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
-    head = (
-        "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,GB,of plain,MFU,compile s"
-    )
-    rows = [head.split(",")]
+    print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
+    head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,GB,of plain,MFU"
+    rows = [(head + ",compile s,error").split(",")]
     for name in args.shape or SHAPES:
         row_4, B = SHAPES[name]
-        T = row_4.block_size
-        idx = torch.randint(row_4.vocab_size, (B, T), device="cuda")
+        T, pool = row_4.block_size, torch.cuda.graph_pool_handle()
+        idx, targets = torch.randint(row_4.vocab_size, (2, B, T), device="cuda")
         steps, info = {}, {}
         for row, changes in ROWS.items():
             torch.manual_seed(0)
-            config = replace(row_4, **changes)
-            model = MoDA(config).cuda()
+            model = MoDA(replace(row_4, **changes)).cuda()
             if row == "plain":  # one graph of it all is the yardstick's best
                 model.compile()
             else:
                 model.compile_parts()
-
-            def step(model=model, idx=idx):
-                with torch.autocast("cuda", torch.bfloat16):
-                    loss = model(idx, idx)[1]
-                loss.backward()
-                for p in model.parameters():
-                    p.grad = None
-
+            step = train_step(model)
             began = time.perf_counter()
-            step()
+            step(idx, targets)
             torch.cuda.synchronize()
             seconds = time.perf_counter() - began
-            step()
-            torch.cuda.synchronize()
+            off, error = step_error(model, step, idx, targets)
+            if not (abs(off) < 1e-2 and error < 2 * info.get("plain", {"error": 2e-2})["error"]):
+                raise SystemExit(f"{name} {row}: loss off by {off:.1e}, gradients by {error:.1e}, not timed")
+            for p in model.parameters():
+                p.grad = None
+            torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            step()
+            step(idx, targets)
             weights = sum(p.nbytes for p in model.parameters())
             peak = (torch.cuda.max_memory_allocated() - before + weights) / 1e9
-            steps[row], info[row] = step, {"peak_GB": peak, "compile_s": seconds, "kernels_ms": kernel_times(step)}
+            split = kernel_times(partial(step, idx, targets))
+            info[row] = {"peak_GB": peak, "compile_s": seconds, "kernels_ms": split, "error": error}
+            replay = capture(step, idx, targets, pool=pool)  # one pool: nobody reads the gradients of another
+            steps[row] = partial(replay, idx, targets)
         times = interleave_steps(steps, args.reps)
         plain_ms = median(times["plain"])
         plain_rate = 3 * B * flops(replace(row_4, **ROWS["plain"]), T) / plain_ms
@@ -473,18 +497,68 @@ def bench_train(args):
             extra = median([a - b for a, b in zip(times[row], times["plain"], strict=True)])
             mfu = 3 * B * flops(config, T) / ms / 1e9 / matmul_TFLOPs
             info[row] |= {"ms": times[row], "floor_ms": floor, "extra_ms": extra, "mfu": mfu}
-            depth = [f"{info[row]['kernels_ms'][kind]:.1f}" for kind in ("depth forward", "depth dq", "depth dk, dv")]
-            peak, seconds = info[row]["peak_GB"], info[row]["compile_s"]
+            split = [f"{part:.1f}" for part in info[row]["kernels_ms"].values()]
+            peak = info[row]["peak_GB"]
             rows.append([name, row, f"{ms:.1f}", f"{B * T / ms * 1000:,.0f}", f"{plain_ms / ms:.3f}", f"{extra:.1f}",
-                         f"{floor:.1f}", f"{extra / floor:.2f}" if floor else "-", *depth, f"{peak:.1f}",
-                         f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{seconds:.0f}"])  # fmt: skip
+                         f"{floor:.1f}", f"{extra / floor:.2f}" if floor else "-", *split, f"{peak:.1f}",
+                         f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{info[row]['compile_s']:.0f}",
+                         f"{info[row]['error']:.0e}"])  # fmt: skip
             print(*rows[-1], sep=" | ", flush=True)
         result["shapes"][name] = info
-        del steps, step, model
+        del steps, step, model, replay
         torch.cuda.empty_cache()
     print()
     table(rows)
-    write("train", result)
+    path = write("train", result)
+    plot_train(result, path.with_suffix(".png"))
+
+
+def plot_train(result, path):
+    """Tokens per second relative to the plain model, beside what bytes and FLOPs allow; where the extra time goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    shapes, width = list(result["shapes"]), 0.26
+    colors = {"row 3": "#E69F00", "row 4": "#009E73", "row 4, window 16": "#0072B2"}
+    for i, (row, color) in enumerate(colors.items()):
+        for x, name in enumerate(shapes):
+            info = result["shapes"][name]
+            plain, ms = median(info["plain"]["ms"]), median(info[row]["ms"])
+            at = x + (i - 1) * width
+            left.bar(at, plain / ms, width * 0.9, color=color, label=row if x == 0 else None)
+            left.text(at, plain / ms - 0.03, f"{plain / ms:.2f}", ha="center", va="top", color="white", fontsize=9)
+            floor = plain / (plain + info[row]["floor_ms"])
+            left.plot([at - width * 0.45, at + width * 0.45], [floor] * 2, color="#222222", lw=2,
+                      label="floor: bytes and FLOPs alone" if x == i == 0 else None)  # fmt: skip
+    left.axhline(1, color="#D22030", lw=1.5)
+    left.set_xticks(range(len(shapes)), shapes)
+    left.set_ylim(0, 1.3)
+    left.set_title("training speed relative to the plain model (red)", loc="left", fontsize=11)
+    left.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
+    parts = {"depth forward": "#56B4E9", "depth dq": "#0072B2", "depth dk, dv": "#003A5D", "rest": "#CCCCCC"}
+    for x, name in enumerate(shapes):
+        info, bottom = result["shapes"][name], 0.0
+        plain = median(info["plain"]["ms"])
+        for part, color in parts.items():
+            ms = info["row 4"]["kernels_ms"][part] - info["plain"]["kernels_ms"][part]
+            label = "projections and everything else" if part == "rest" else part
+            right.bar(x, ms / plain, 0.5, bottom, color=color, label=label if x == 0 else None)
+            bottom += ms / plain
+        floor = info["row 4"]["floor_ms"] / plain
+        right.plot([x - 0.3, x + 0.3], [floor] * 2, color="#222222", lw=2, label="floor" if x == 0 else None)
+    right.set_xticks(range(len(shapes)), shapes)
+    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    right.set_title("row 4: extra GPU time, of the plain step", loc="left", fontsize=11)
+    right.legend(frameon=False, fontsize=9)
+    right.set_ylim(0, 1.5 * right.get_ylim()[1])
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"{result['machine']['gpu']}, bf16, forward + backward", fontsize=11)
+    fig.savefig(path, dpi=130)
+    print(f"wrote {path.relative_to(ROOT)}")
 
 
 def interleave_steps(steps, reps):
@@ -502,6 +576,104 @@ def interleave_steps(steps, reps):
     return times
 
 
+# ------------------------------------------------------------------------------------------- bench.py generate, scale
+
+
+def bench_generate(args):
+    result = {"machine": machine(), "settings": []}
+    print(f"{result['machine']}\ncached greedy decoding in bf16, {args.tokens} tokens after a prompt of 64")
+    rows = [["shape", "batch", "model", "tokens/s", "of plain", "GB"]]
+    for name, B in ((name, B) for name in ("24l-512", "paper-48l") for B in (1, 32)):
+        variants, peak = {}, {}
+        for row in ("plain", "row 4"):
+            torch.manual_seed(0)
+            model = MoDA(replace(SHAPES[name][0], **ROWS[row])).cuda()
+            prompt = torch.randint(model.config.vocab_size, (B, 64), device="cuda")
+            short = model.generate(prompt[:, :8], 8, temperature=0)
+            if not torch.equal(short, model.generate(prompt[:, :8], 8, temperature=0, use_cache=False)):
+                raise SystemExit(f"{name} {row}: cached decoding differs from decoding without a cache, not timed")
+            model.bfloat16()
+            variants[row] = partial(model.generate, prompt, args.tokens, temperature=0)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() - sum(p.nbytes for p in model.parameters())
+            variants[row]()
+            peak[row] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        times = interleave_steps(variants, args.reps)
+        for row, ms in times.items():
+            ratio = median([a / b for a, b in zip(times["plain"], ms, strict=True)])
+            speed = B * args.tokens / median(ms) * 1000
+            rows.append([name, str(B), row, f"{speed:,.0f}", f"{ratio:.2f}", f"{peak[row]:.2f}"])
+            print(*rows[-1], sep=" | ", flush=True)
+        result["settings"].append({"shape": name, "B": B, "tokens": args.tokens, "ms": times, "peak_GB": peak})
+    print()
+    table(rows)
+    write("generate", result)
+
+
+SCALE = MoDAConfig(2048, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512)
+SWEEPS = {
+    "n_layer": [({"n_layer": n}, 8) for n in (8, 16, 32, 48, 64, 96)],
+    "T": [({"block_size": T}, 32_768 // T) for T in (512, 2048, 8192, 32_768)],
+    "depth_window": [({"n_layer": 48, "depth_window": n}, 8) for n in (4, 8, 16, 32, 64, None)],
+}
+
+
+def scale_model(config, B, reps):
+    """-> milliseconds of forward alone (prefill) and of a training step, peak memory in GB, parameters."""
+    torch.manual_seed(0)
+    model = MoDA(config).cuda()
+    idx, targets = torch.randint(config.vocab_size, (2, B, config.block_size), device="cuda")
+    step = train_step(model)
+
+    @torch.no_grad()
+    def prefill(idx):
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(idx)[0]
+
+    step(idx, targets)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step(idx, targets)
+    peak, pool = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.graph_pool_handle()
+    for p in model.parameters():
+        p.grad = None
+    runs = {
+        "prefill": partial(capture(prefill, idx, pool=pool), idx),
+        "train": partial(capture(step, idx, targets, pool=pool), idx, targets),
+    }
+    return interleave_steps(runs, reps) | {"GB": peak, "parameters": model.num_params()}
+
+
+def bench_scale(args):
+    result = {"machine": machine(), "copy_TBps": ceilings()[0], "sweeps": {}}
+    print(f"{result['machine']}\ncopy {result['copy_TBps']:.2f} TB/s; {SCALE}\nms of prefill (forward alone) and of a "
+          "training step, bf16, not compiled, as CUDA graphs; GB of slots: what all readers read, once")  # fmt: skip
+    head = "sweep,value,B,T,slots read,GB of slots,prefill plain,extra,extra / GB,training plain,extra,extra / GB"
+    rows = [(head + ",memory plain,extra,parameters plain,extra").split(",")]
+    for sweep, settings in SWEEPS.items():
+        result["sweeps"][sweep] = []
+        for changes, B in settings:
+            row_4 = replace(SCALE, **changes)
+            plain = scale_model(replace(row_4, **ROWS["plain"], depth_window=None), B, args.reps)
+            torch.cuda.empty_cache()
+            moda = scale_model(row_4, B, args.reps)
+            torch.cuda.empty_cache()
+            n_read = sum(len(row_4.slot_names(layer)) for layer in range(row_4.n_layer))
+            slots_GB = 4e-9 * n_read * B * row_4.block_size * row_4.n_kv_head * row_4.head_dim  # K and V, bf16
+            row = [sweep, str(changes[sweep]), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
+            for kind in ("prefill", "train"):
+                base, extra = median(plain[kind]), median(moda[kind]) - median(plain[kind])
+                row += [f"{base:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
+            row += [f"{plain['GB']:.2f}", f"{moda['GB'] - plain['GB']:.2f}"]
+            rows.append([*row, f"{plain['parameters']:,}", f"{moda['parameters'] - plain['parameters']:,}"])
+            print(*rows[-1], sep=" | ", flush=True)
+            point = {"value": changes[sweep], "B": B, "slots_read": n_read, "slots_GB": slots_GB}
+            result["sweeps"][sweep].append(point | {"plain": plain, "row 4": moda})
+    print()
+    table(rows)
+    write("scale", result)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -512,6 +684,13 @@ def main():
     command.add_argument("--reps", type=int, default=8, help="repetitions of each timing (default: %(default)s)")
     command.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
     command.set_defaults(run=bench_train)
+    command = commands.add_parser("generate", help="cached decoding with and without depth")
+    command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")
+    command.add_argument("--tokens", type=int, default=64, help="new tokens per sequence (default: %(default)s)")
+    command.set_defaults(run=bench_generate)
+    command = commands.add_parser("scale", help="time and memory over n_layer, T and the window of slots")
+    command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")
+    command.set_defaults(run=bench_scale)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.py measures a CUDA GPU, and there is none here")

@@ -304,18 +304,23 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+def linears(x, *layers):
+    """[layer(x) for layer in layers] for linear layers, in one matrix product, so that x and its gradient pass by once.
+    The weights stay parameters of their own: Muon orthogonalises each."""
+    if not torch.is_grad_enabled():  # joining the weights copies them: for the few tokens of a decoding step, too dear
+        return [layer(x) for layer in layers]
+    weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
+    bias = None if biases[0] is None else torch.cat(biases)
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
 class KVProjection(nn.Module):
     """A key and a value per position. The sequence KV, and each slot that does not reuse it, is one of these."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_kv_head = config.n_kv_head
         self.wk = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
         self.wv = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
-
-    def forward(self, x):
-        k, v = (w(x).unflatten(-1, (self.n_kv_head, -1)).transpose(1, 2) for w in (self.wk, self.wv))
-        return k, v  # (B, n_kv_head, T, head_dim) each
 
 
 class SwiGLU(nn.Module):
@@ -325,8 +330,10 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
         self.down = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, n_embd)
+    def forward(self, x, kv=None):
+        """x (B, T, n_embd) -> (the same shape, [k, v] that the KVProjection kv makes of x, its heads side by side)."""
+        gate, up, *slot = linears(x, self.gate, self.up, *([kv.wk, kv.wv] if kv else []))  # (B, T, hidden) each
+        return self.down(F.silu(gate) * up), slot
 
 
 class Attention(nn.Module):
@@ -345,23 +352,26 @@ class Attention(nn.Module):
         self.attn_kv = KVProjection(c) if c.attn_kv and self.writes["attn"] else None
         self.ffn_kv = KVProjection(c) if self.writes["ffn"] else None
 
-    def slot(self, k, v, rope):
-        """What is written: keys are normalised and rotated once, here, so that no reader has to."""
-        k = self.k_norm(k.to(rope[0].dtype))
-        return (rotate(k, *rope) if self.config.depth_rope else k).to(v.dtype), v
+    def heads(self, k, v, rope, turn=True):
+        """k, v (B, T, n_kv_head * head_dim) -> k, v (B, n_kv_head, T, head_dim), keys normalised and, if they shall
+        turn, rotated. What is written has been through here once, so that no reader has to do it again."""
+        k, v = (x.unflatten(-1, (self.config.n_kv_head, -1)).transpose(1, 2) for x in (k, v))
+        k = self.k_norm(k.to(rope[0].dtype))  # in the weights' precision, also where autocast makes q, k, v bf16
+        return (rotate(k, *rope) if turn else k).to(v.dtype), v
 
     def project(self, x, rope):
         """x (B, T, n_embd) -> q (B, n_head, T, head_dim), k, v (B, n_kv_head, T, head_dim), slot: None or (k, v)."""
-        q = self.wq(x).unflatten(-1, (self.config.n_head, -1))  # (B, T, n_head, head_dim)
-        k, v = self.kv(x)
-        # norm and rotation in the weights' precision, also where autocast makes q, k, v bf16
-        q = rotate(self.q_norm(q.to(rope[0].dtype)), *(angle.unsqueeze(1) for angle in rope))
-        q = q.to(v.dtype).transpose(1, 2)  # attention's output is laid out like q: this way wo reads it in place
-        k_seq = rotate(self.k_norm(k.to(rope[0].dtype)), *rope).to(v.dtype)
-        if self.attn_kv is not None:
-            return q, k_seq, v, self.slot(*self.attn_kv(x), rope)
-        reused = (k_seq, v) if self.config.depth_rope else self.slot(k, v, rope)
-        return q, k_seq, v, reused if self.writes["attn"] else None
+        own = [self.attn_kv.wk, self.attn_kv.wv] if self.attn_kv else []
+        q, *kv = linears(x, self.wq, self.kv.wk, self.kv.wv, *own)
+        q = q.unflatten(-1, (self.config.n_head, -1))  # (B, T, n_head, head_dim)
+        turned = rotate(self.q_norm(q.to(rope[0].dtype)), *(angle.unsqueeze(1) for angle in rope))
+        q = turned.to(q.dtype).transpose(1, 2)  # attention's output is laid out like q: this way wo reads it in place
+        k, v = self.heads(*kv[:2], rope)
+        if not self.writes["attn"]:
+            return q, k, v, None
+        if own or not self.config.depth_rope:
+            return q, k, v, self.heads(*kv[-2:], rope, self.config.depth_rope)
+        return q, k, v, (k, v)
 
     def forward(self, x, rope, stream, cache=None, maps=None):
         """x (B, T, n_embd) -> what the heads found, side by side (B, T, n_embd), before wo."""
@@ -395,10 +405,9 @@ class Block(nn.Module):
         """-> x (B, T, n_embd) after the layer, and the slot of the FFN: None or (k, v)."""
         x = x + self.attn.wo(o)
         x = x if self.pre else self.attn_norm(x)
-        h, slot = self.ffn_norm(x) if self.pre else x, None
-        if self.attn.ffn_kv is not None:
-            slot = self.attn.slot(*self.attn.ffn_kv(h), rope)  # from what the FFN reads, not from what it returns
-        x = x + self.ffn(h)
+        h, slot = self.ffn(self.ffn_norm(x) if self.pre else x, self.attn.ffn_kv)  # k, v of what the FFN reads
+        x = x + h
+        slot = self.attn.heads(*slot, rope, self.attn.config.depth_rope) if slot else None
         return x if self.pre else self.ffn_norm(x), slot
 
 
@@ -534,3 +543,31 @@ class MoDA(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     flops = staticmethod(flops)
+
+
+def capture(step, *inputs, pool=None):
+    """Record the kernels of step(*inputs) as a CUDA graph -> a function of inputs of the same shapes that replays it.
+
+    Python is not asked again: where small kernels wait for it, a training step gets several times as fast. For that
+    reason the step must not depend on anything but its inputs and on tensors that stay where they are; what it makes
+    (its result, and gradients that it lets begin as None) is overwritten by the next replay. pool: memory to share with
+    another capture (`torch.cuda.graph_pool_handle()`) that may be overwritten likewise.
+    """
+    inputs = [x.clone() for x in inputs]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # whatever is compiled, planned or loaded at first use
+            step(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = step(*inputs)
+
+    def replay(*new):
+        for x, y in zip(inputs, new, strict=True):
+            x.copy_(y)
+        graph.replay()
+        return result
+
+    return replay

@@ -38,7 +38,7 @@ from matplotlib.figure import Figure  # not pyplot: a notebook keeps its own bac
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from moda import PRESETS, MoDA, MoDAConfig
+from moda import PRESETS, MoDA, MoDAConfig, capture
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 FORMAT = "moda train_small 1"  # changes when older checkpoints can no longer be read
@@ -381,18 +381,28 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
     net = DistributedDataParallel(model) if WORLD > 1 else model
     share = config.batch_size // WORLD  # sequences of this process
     micro = share // config.grad_accum
+
+    def differentiate(x, y):
+        """x, y (share, T) -> the mean loss (); the gradients are in p.grad."""
+        total = 0.0
+        for p in model.parameters():
+            p.grad = None
+        for part in zip(x.split(micro), y.split(micro), strict=True):
+            with autocast(device):
+                loss = net(*part)[1] / config.grad_accum
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    if device.type == "cuda" and WORLD == 1:  # small models on a GPU mostly wait for Python
+        differentiate = capture(differentiate, *get_batch(tokens, T, config.seed, range(share)))
     quick = [side[:: max(1, side.numel() // config.eval_tokens)] for side in windows]
     bar = tqdm(total=config.steps, initial=step, desc=folder.name, unit="step", disable=RANK > 0)
     with bar, interrupt_between_steps() as asked:
         while step < config.steps:
-            began, lr, loss = time.perf_counter(), config.lr_at(step), 0.0
+            began, lr = time.perf_counter(), config.lr_at(step)
             first = step * config.batch_size + RANK * share
-            for start in range(first, first + share, micro):
-                x, y = get_batch(tokens, T, config.seed, range(start, start + micro))  # (B, T)
-                with autocast(device):
-                    part = net(x, y)[1] / config.grad_accum
-                part.backward()
-                loss += part.item() / WORLD
+            loss = differentiate(*get_batch(tokens, T, config.seed, range(first, first + share))).item() / WORLD
             loss, stop = all_sum([loss, float(asked[0])], device)  # summed, so that all processes stop together
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
             check_finite(step + 1, {"loss": loss, "gradient norm": norm})
@@ -400,7 +410,6 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-                optimizer.zero_grad()
             step, took = step + 1, time.perf_counter() - began
             seconds, speed = seconds + took, config.batch_size * T / took
             row = {"step": step, "loss": loss, "val_loss": None, "val_bpb": None, "lr": lr}
