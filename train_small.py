@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sysconfig
@@ -283,6 +284,17 @@ def load_run(folder, device="cpu"):
     return model.eval(), tokenizer
 
 
+def export_run(folder, to):
+    """Copy a run to the folder `to` for others to load with `load_run`: the weights in float16, a sixth of the size."""
+    folder, to = Path(folder), Path(to)
+    state, _ = load_checkpoint(folder)
+    to.mkdir(parents=True, exist_ok=True)
+    kept = {name: state[name] for name in ("format", "train_config", "model_config", "data", "step", "seconds")}
+    torch.save(kept | {"model": {name: w.half() for name, w in state["model"].items()}}, to / "checkpoint.pt")
+    for name in ("tokenizer.json", "config.json", "metrics.jsonl"):
+        shutil.copyfile(folder / name, to / name)
+
+
 def read_metrics(path, last_step):
     """The rows of metrics.jsonl up to last_step: a crash may have left more of them, and half a one."""
     rows = []
@@ -306,10 +318,11 @@ def plot(path, histories):
 
 
 def machine(device):
-    """What the numbers of a run depend on besides its settings."""
+    """What the numbers of a run depend on besides its settings. Without git's history, COMMIT in the environment names
+    the commit."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        commit = os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
