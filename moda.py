@@ -570,4 +570,5 @@ def capture(step, *inputs, pool=None):
         graph.replay()
         return result
 
+    replay.step = step  # the graph reads its weights by address: they have to live as long
     return replay

@@ -906,6 +906,7 @@ def test_captured_step():
     """The CUDA graph gives the loss and gradients of the step it recorded, for other inputs too."""
     model, _, idx, targets = fast_and_plain("cuda", **DEEP, n_embd=128)
     step, replay = captured_training_step(model, idx, targets)
+    assert replay.step is step  # and so the model lives as long as the graph
     graph_grads = [p.grad for p in model.parameters()]
     for x, y in ((targets, idx), (idx, targets)):
         loss = replay(x, y).clone()
