@@ -464,7 +464,7 @@ def bench_train(args):
     shapes = json.loads(path.read_text())["shapes"] if path.exists() else {}  # those that this call does not measure
     for name in args.shape or SHAPES:
         row_4, B = SHAPES[name]
-        T, pool = row_4.block_size, torch.cuda.graph_pool_handle()
+        T = row_4.block_size
         idx, targets = torch.randint(row_4.vocab_size, (2, B, T), device="cuda")
         steps, info = {}, {}
         for row, changes in ROWS.items():
@@ -498,16 +498,16 @@ def bench_train(args):
             info[row] = {"peak_GB": peak, "compile_s": seconds, "kernels_ms": split, "error": error}
             steps[row] = step
             print(f"{name} {row}: compiled and checked in {time.perf_counter() - began:.0f} s", flush=True)
-        plain = partial(capture(steps["plain"], idx, targets, pool=pool), idx, targets)
+        plain = partial(capture(steps["plain"], idx, targets), idx, targets)
         info["plain"] |= {"ms": [], "beside_ms": []}
         for row, step in steps.items():
             if row != "plain":  # one after the other, each in turn with the plain model: together they fill the memory
-                replay = partial(capture(step, idx, targets, pool=pool), idx, targets)
+                replay = partial(capture(step, idx, targets), idx, targets)
                 times = interleave_steps({"plain": plain, row: replay}, args.reps)
                 info[row] |= {"ms": times[row], "beside_ms": times["plain"]}
                 info["plain"]["ms"] += times["plain"]
                 info["plain"]["beside_ms"] += times["plain"]
-                del replay
+                del replay  # and its memory
         plain_rate = 3 * B * flops(replace(row_4, **ROWS["plain"]), T) / median(info["plain"]["ms"])
         for row, measured in info.items():
             config, ms, beside = replace(row_4, **ROWS[row]), measured["ms"], measured["beside_ms"]
@@ -599,7 +599,7 @@ def interleave_steps(steps, reps):
 
 def bench_generate(args):
     result = {"machine": machine(), "settings": []}
-    print(f"{result['machine']}\ncached greedy decoding in bf16, compiled, {args.tokens} tokens after a prompt of 64")
+    print(f"{result['machine']}\ncached greedy decoding in bf16, {args.tokens} tokens after a prompt of 64")
     rows = [["shape", "batch", "model", "tokens/s", "of plain", "GB"]]
     for name, B in ((name, B) for name in ("24l-512", "paper-48l") for B in (1, 32)):
         variants, peak = {}, {}
@@ -610,7 +610,7 @@ def bench_generate(args):
             short = model.generate(prompt[:, :8], 8, temperature=0)
             if not torch.equal(short, model.generate(prompt[:, :8], 8, temperature=0, use_cache=False)):
                 raise SystemExit(f"{name} {row}: cached decoding differs from decoding without a cache, not timed")
-            model.bfloat16().compile_parts()
+            model.bfloat16()
             variants[row] = partial(model.generate, prompt, args.tokens, temperature=0)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() - sum(p.nbytes for p in model.parameters())
@@ -652,12 +652,12 @@ def scale_model(config, B, reps):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step(idx, targets)
-    peak, pool = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.graph_pool_handle()
+    peak = torch.cuda.max_memory_allocated() / 1e9
     for p in model.parameters():
         p.grad = None
     runs = {
-        "prefill": partial(capture(prefill, idx, pool=pool), idx),
-        "train": partial(capture(step, idx, targets, pool=pool), idx, targets),
+        "prefill": partial(capture(prefill, idx), idx),
+        "train": partial(capture(step, idx, targets), idx, targets),
     }
     return interleave_steps(runs, reps) | {"GB": peak, "parameters": model.num_params()}
 
@@ -704,7 +704,7 @@ def main():
     command.set_defaults(run=bench_train)
     command = commands.add_parser("generate", help="cached decoding with and without depth")
     command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")
-    command.add_argument("--tokens", type=int, default=32, help="new tokens per sequence (default: %(default)s)")
+    command.add_argument("--tokens", type=int, default=16, help="new tokens per sequence (default: %(default)s)")
     command.set_defaults(run=bench_generate)
     command = commands.add_parser("scale", help="time and memory over n_layer, T and the window of slots")
     command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")
