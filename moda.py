@@ -167,13 +167,11 @@ class FastDepthStream(DepthStream):
     """The same, for the Triton kernels: slots lie in one buffer, are read in place as a range of it, and their
     gradients are summed over the readers by `kernel.slots_backward`, in float32, several readers at a time.
 
-    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here. When READERS of them have gathered,
+    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here. When enough of them have gathered,
     one pass over the slots below adds their share to `sums`; when the backward reaches the layer that wrote a slot, all
     its readers have been there, and one last pass gives the slot's gradient. That order is kept in the graph by a
     token, a number on the CPU that each operation takes and passes on.
     """
-
-    READERS = 4
 
     def __init__(self, config, impl=None):
         super().__init__(config, impl)
@@ -213,14 +211,14 @@ class _Slots:
     def backward(self, out, first, last):
         """Sum up the gradients of the slots first..last-1 over the readers that wait, and over `sums`, into out."""
         args = (self.k, self.v, self.sums, out, first, last, self.fresh, 0 if out is self.sums else first)
-        kernel.slots_backward(self.readers, *args, self.k.shape[-1] ** -0.5, FastDepthStream.READERS)
+        kernel.slots_backward(self.readers, *args, self.k.shape[-1] ** -0.5)
 
     def reader(self, q, do, lse, delta, start, stop):
         """A layer's attention has been differentiated."""
-        if self.sums is None:
-            self.sums = [torch.empty_like(x, dtype=torch.float32) for x in (self.k, self.v)]
         self.readers.append((q, do, lse, delta, start, stop))
-        if len(self.readers) == FastDepthStream.READERS:
+        if len(self.readers) == kernel.readers_at_once(q.shape[1] // self.k.shape[2]):
+            if self.sums is None:
+                self.sums = [torch.empty_like(x[:stop], dtype=torch.float32) for x in (self.k, self.v)]
             first = min(reader[4] for reader in self.readers)
             self.backward(self.sums, first, stop)  # slots from `stop` on are done: their writers came before
             self.fresh, self.readers = min(self.fresh, first), []
