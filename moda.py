@@ -180,7 +180,10 @@ class FastDepthStream(DepthStream):
 
     def write(self, slot, k, v):
         self.with_grad[slot] = torch.is_grad_enabled()
-        self.token = _Write.apply(k, v, self.token, self.slots, slot)
+        if self.with_grad[slot]:
+            self.token = _Write.apply(k, v, self.token, self.slots, slot)
+        else:
+            self.slots.write(slot, k, v)
 
     def read(self, start, stop):
         self.check_gradients(start, stop)
@@ -188,6 +191,8 @@ class FastDepthStream(DepthStream):
 
     def attend(self, q, k, v, start, stop):
         self.check_gradients(start, stop)
+        if not torch.is_grad_enabled():
+            return self.slots.attend(q, k, v, start, stop)[0]
         o, self.token = _Attend.apply(q, k, v, self.token, self.slots, start, stop)
         return o
 
@@ -207,6 +212,10 @@ class _Slots:
         if self.k is None:
             self.k, self.v = (x.new_empty(self.n_slot, *x.shape) for x in (k, v))
         self.k[slot], self.v[slot] = k, v
+
+    def attend(self, q, k, v, start, stop):
+        depth = (self.k[start:stop], self.v[start:stop]) if stop > start else (None, None)
+        return kernel.attention_forward(q, k, v, *depth, True, q.shape[-1] ** -0.5, "triton")  # o, lse
 
     def backward(self, out, first, last):
         """Sum up the gradients of the slots first..last-1 over the readers that wait, and over `sums`, into out."""
@@ -249,8 +258,7 @@ class _Write(torch.autograd.Function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, token, slots, start, stop):
-        depth = (slots.k[start:stop], slots.v[start:stop]) if stop > start else (None, None)
-        o, lse = kernel.attention_forward(q, k, v, *depth, True, q.shape[-1] ** -0.5, "triton")
+        o, lse = slots.attend(q, k, v, start, stop)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.slots, ctx.start, ctx.stop = slots, start, stop
         ctx.set_materialize_grads(False)
