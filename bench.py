@@ -98,9 +98,13 @@ def table(rows):
             print("|" + "|".join("-" * (w + 1) + ":" for w in width) + "|")
 
 
+def result_path(name):
+    gpu = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name().removeprefix("NVIDIA ")).lower()
+    return ROOT / "results" / f"{name}_{gpu}.json"
+
+
 def write(name, result):
-    gpu = "".join(c if c.isalnum() else "-" for c in result["machine"]["gpu"].removeprefix("NVIDIA ")).lower()
-    path = ROOT / "results" / f"{name}_{gpu}.json"
+    path = result_path(name)
     path.parent.mkdir(exist_ok=True)
     numbers = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
     path.write_text(json.dumps(numbers, separators=(",", ":")).replace("},{", "},\n{") + "\n")
@@ -384,8 +388,10 @@ SHAPES = {  # name: (config of row 4, B)
     "paper-700m": (replace(PRESETS["paper-700m"], vocab_size=32_000), 2),
     "paper-48l": (replace(PRESETS["paper-48l"], vocab_size=4096), 64),
 }
+WHOLE = "plain, one graph"  # is that a better yardstick? In one shape only: 48 layers take minutes to compile so
 ROWS = {  # of the paper's Table 3, and section 6.2
     "plain": {"depth_kv": False, "ffn_kv": False},
+    WHOLE: {"depth_kv": False, "ffn_kv": False},
     "row 3": {"ffn_kv": False},
     "row 4": {},
     "row 4, window 16": {"depth_window": 16},
@@ -451,20 +457,21 @@ def step_error(model, step, idx, targets):
 
 def bench_train(args):
     copy_TBps, matmul_TFLOPs = ceilings()
-    result = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "shapes": {}}
-    print(f"{result['machine']}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
+    print(f"{machine()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
     head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,GB,of plain,MFU"
-    rows = [(head + ",compile s,error").split(",")]
+    rows, shapes = [(head + ",compile s,error").split(",")], {}
     for name in args.shape or SHAPES:
         row_4, B = SHAPES[name]
         T, pool = row_4.block_size, torch.cuda.graph_pool_handle()
         idx, targets = torch.randint(row_4.vocab_size, (2, B, T), device="cuda")
         steps, info = {}, {}
         for row, changes in ROWS.items():
+            if row == WHOLE and name != next(iter(SHAPES)):
+                continue
             torch.manual_seed(0)
             model = MoDA(replace(row_4, **changes)).cuda()
-            if row == "plain":  # one graph of it all is the yardstick's best
+            if row == WHOLE:
                 model.compile()
             else:
                 model.compile_parts()
@@ -488,32 +495,37 @@ def bench_train(args):
             info[row] = {"peak_GB": peak, "compile_s": seconds, "kernels_ms": split, "error": error}
             replay = capture(step, idx, targets, pool=pool)  # one pool: nobody reads the gradients of another
             steps[row] = partial(replay, idx, targets)
+            print(f"{name} {row}: compiled, checked and recorded in {time.perf_counter() - began:.0f} s", flush=True)
         times = interleave_steps(steps, args.reps)
         plain_ms = median(times["plain"])
         plain_rate = 3 * B * flops(replace(row_4, **ROWS["plain"]), T) / plain_ms
-        for row, changes in ROWS.items():
-            config, ms = replace(row_4, **changes), median(times[row])
+        for row, ms in times.items():
+            config = replace(row_4, **ROWS[row])
             floor = sum(train_floor(config, B, plain_rate, copy_TBps * 1e9))
-            extra = median([a - b for a, b in zip(times[row], times["plain"], strict=True)])
-            mfu = 3 * B * flops(config, T) / ms / 1e9 / matmul_TFLOPs
-            info[row] |= {"ms": times[row], "floor_ms": floor, "extra_ms": extra, "mfu": mfu}
+            extra = median([a - b for a, b in zip(ms, times["plain"], strict=True)])
+            mfu = 3 * B * flops(config, T) / median(ms) / 1e9 / matmul_TFLOPs
+            info[row] |= {"ms": ms, "floor_ms": floor, "extra_ms": extra, "mfu": mfu}
             split = [f"{part:.1f}" for part in info[row]["kernels_ms"].values()]
             peak = info[row]["peak_GB"]
-            rows.append([name, row, f"{ms:.1f}", f"{B * T / ms * 1000:,.0f}", f"{plain_ms / ms:.3f}", f"{extra:.1f}",
-                         f"{floor:.1f}", f"{extra / floor:.2f}" if floor else "-", *split, f"{peak:.1f}",
+            rows.append([name, row, f"{median(ms):.1f}", f"{B * T / median(ms) * 1000:,.0f}",
+                         f"{plain_ms / median(ms):.3f}", f"{extra:.1f}", f"{floor:.1f}",
+                         f"{extra / floor:.2f}" if floor else "-", *split, f"{peak:.1f}",
                          f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{info[row]['compile_s']:.0f}",
                          f"{info[row]['error']:.0e}"])  # fmt: skip
             print(*rows[-1], sep=" | ", flush=True)
-        result["shapes"][name] = info
+        shapes[name] = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
         del steps, step, model, replay
         torch.cuda.empty_cache()
     print()
     table(rows)
-    path = write("train", result)
-    plot_train(result, path.with_suffix(".png"))
+    path = result_path("train")
+    if path.exists():  # the shapes that this call did not measure
+        shapes = json.loads(path.read_text())["shapes"] | shapes
+    write("train", {"shapes": {name: shapes[name] for name in SHAPES if name in shapes}})
+    plot_train(shapes, path.with_suffix(".png"))
 
 
-def plot_train(result, path):
+def plot_train(results, path):
     """Tokens per second relative to the plain model, beside what bytes and FLOPs allow; where the extra time goes."""
     import matplotlib
 
@@ -521,11 +533,11 @@ def plot_train(result, path):
     import matplotlib.pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    shapes, width = list(result["shapes"]), 0.26
+    shapes, width = [name for name in SHAPES if name in results], 0.26
     colors = {"row 3": "#E69F00", "row 4": "#009E73", "row 4, window 16": "#0072B2"}
     for i, (row, color) in enumerate(colors.items()):
         for x, name in enumerate(shapes):
-            info = result["shapes"][name]
+            info = results[name]["rows"]
             plain, ms = median(info["plain"]["ms"]), median(info[row]["ms"])
             at = x + (i - 1) * width
             left.bar(at, plain / ms, width * 0.9, color=color, label=row if x == 0 else None)
@@ -540,7 +552,7 @@ def plot_train(result, path):
     left.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
     parts = {"depth forward": "#56B4E9", "depth dq": "#0072B2", "depth dk, dv": "#003A5D", "rest": "#CCCCCC"}
     for x, name in enumerate(shapes):
-        info, bottom = result["shapes"][name], 0.0
+        info, bottom = results[name]["rows"], 0.0
         plain = median(info["plain"]["ms"])
         for part, color in parts.items():
             ms = info["row 4"]["kernels_ms"][part] - info["plain"]["kernels_ms"][part]
@@ -556,7 +568,7 @@ def plot_train(result, path):
     right.set_ylim(0, 1.5 * right.get_ylim()[1])
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(f"{result['machine']['gpu']}, bf16, forward + backward", fontsize=11)
+    fig.suptitle(f"{results[shapes[0]]['machine']['gpu']}, bf16, forward + backward", fontsize=11)
     fig.savefig(path, dpi=130)
     print(f"wrote {path.relative_to(ROOT)}")
 

@@ -327,7 +327,11 @@ def machine(device):
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {"commit": commit, "torch": torch.__version__, "python": platform.python_version()}
-    return versions | {"system": platform.platform(), "device": f"{device} ({name})", "cpus": os.cpu_count()}
+    return versions | {
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": f"{device} ({name})",
+        "cpus": os.cpu_count(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- training

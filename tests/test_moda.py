@@ -850,7 +850,7 @@ def test_fast_stream_leaves_nothing_behind(checkpointed, device):
 
 
 @on_each_device
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:TensorFloat32 tensor cores")  # torch.compile says
 def test_compiled_parts(device):
     model, plain, idx, targets = fast_and_plain(device, **DEEP)
     torch._dynamo.reset()
