@@ -14,7 +14,7 @@ from train_small import load_run
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 VIEW = NOTEBOOKS / "depth_view.html"
-STEP = 1 / 65535  # of the embedded weights
+STEP = 1 / 4095  # of the embedded weights
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
@@ -23,7 +23,10 @@ def embedded():
     """What the page embeds: its data, and its weights as one (n_head, T, T + n_slot) array a layer."""
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', VIEW.read_text(encoding="utf-8")).group(1))
     T, n_head, at, maps = len(data["tokens"]), data["n_head"], 0, []
-    numbers = np.frombuffer(base64.b64decode(data["weights"]), "<u2") * STEP
+    three = np.frombuffer(base64.b64decode(data["weights"]), np.uint8).reshape(-1, 3).astype(int)  # bytes of 2 weights
+    numbers = (
+        np.stack([three[:, 0] * 16 + three[:, 1] // 16, three[:, 1] % 16 * 256 + three[:, 2]], axis=1).flatten() * STEP
+    )
     for slots in data["slots"]:
         p = np.zeros((n_head, T, T + len(slots)))
         for head in range(n_head):
@@ -52,7 +55,7 @@ def test_embedded_weights_are_the_shipped_models(embedded):
     assert ids.shape[1] == len(data["tokens"])
     assert data["slots"] == [model.slot_names(layer) for layer in range(model.config.n_layer)]
     for ours, theirs in zip(maps, model.attention_maps(ids), strict=True):
-        assert np.abs(ours - theirs[0].numpy()).max() < 1e-4  # STEP, and the rounding of another machine
+        assert np.abs(ours - theirs[0].numpy()).max() < 0.6 * STEP  # half, and the rounding of another machine
 
 
 @pytest.fixture(scope="module")
