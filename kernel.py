@@ -559,25 +559,35 @@ def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, 
     return (ddepth_k, ddepth_v) if slots else delta
 
 
-def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out_first, scale, n_reader_max):
+def readers_at_once(group):
+    """For how many readers `slots_backward` is at its best. Each pass over the slots reads and writes float32 sums, and
+    each reader that waits for the next pass is read again by every writer: 32 rows a token balance the two."""
+    return min(16, max(4, 32 // triton.next_power_of_2(group)))
+
+
+def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out_first, scale):
     """Gradients of the slots first..last-1, summed over the layers that read them, from what each of them kept.
 
-    readers: at most n_reader_max of (q, do, lse, delta, start, stop): q, do (B, n_head, T, head_dim), lse, delta
+    readers: up to 16 of (q, do, lse, delta, start, stop): q, do (B, n_head, T, head_dim), lse, delta
     (B, n_head, T) of a layer that read the slots start..stop-1, all laid out alike. depth_k, depth_v (n_slot, B,
-    n_kv_head, T, head_dim); sums: two such in float32, what earlier calls summed up, not read for slots below `fresh`;
-    out: two such, written at [s - out_first] for slot s.
+    n_kv_head, T, head_dim); sums: two such in float32, what earlier calls summed up, not read for slots below `fresh`,
+    or None; out: two such, written at [s - out_first] for slot s.
     """
     if not readers:  # all of them are in sums
         for x, total in zip(out, sums, strict=True):
             x.copy_(total[first:last])
         return
-    q, do, lse, delta, start, stop = zip(*(readers + readers[-1:] * n_reader_max)[:n_reader_max], strict=True)
-    strides = [x.stride()[:-1] for x in (q[0], do[0], depth_k, sums[0], out[0])]
-    n_head, T = q[0].shape[1:3]
+    N_READER = triton.next_power_of_2(len(readers))  # one program for each power of two
+    q, do, lse, delta, start, stop = zip(*(readers + readers[-1:] * N_READER)[:N_READER], strict=True)
+    strides = [x.stride()[:-1] for x in (q[0], do[0], depth_k, depth_k if sums is None else sums[0], out[0])]
+    sums = lse[:1] * 2 if sums is None else sums  # to point anywhere, in float32
+    (n_head, T, head_dim), n_kv_head = q[0].shape[1:], depth_k.shape[2]
     args = (q, do, lse, delta, start, stop, depth_k, depth_v, *sums, *out, *strides)
     args += (n_head, T, first, last, fresh, out_first, len(readers), scale, scale / math.log(2))
     rows = 16 if q[0].dtype == torch.float32 else 64
-    _launch(_slots_backward_kernel, q[0], depth_k.shape[2], rows, 64, args, n_reader_max, N_READER=n_reader_max)
+    tokens = max(1, rows // (n_head // n_kv_head * N_READER))  # of one program; narrow tiles where it has few slots
+    cols = min(2048 // max(64, head_dim), triton.next_power_of_2((last - first) * tokens))
+    _launch(_slots_backward_kernel, q[0], n_kv_head, rows, cols, args, N_READER, N_READER=N_READER)
 
 
 # ------------------------------------------------------------------------------------------------- the operator

@@ -167,13 +167,11 @@ class FastDepthStream(DepthStream):
     """The same, for the Triton kernels: slots lie in one buffer, are read in place as a range of it, and their
     gradients are summed over the readers by `kernel.slots_backward`, in float32, several readers at a time.
 
-    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here. When READERS of them have gathered,
+    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here. When enough of them have gathered,
     one pass over the slots below adds their share to `sums`; when the backward reaches the layer that wrote a slot, all
     its readers have been there, and one last pass gives the slot's gradient. That order is kept in the graph by a
     token, a number on the CPU that each operation takes and passes on.
     """
-
-    READERS = 4
 
     def __init__(self, config, impl=None):
         super().__init__(config, impl)
@@ -213,14 +211,14 @@ class _Slots:
     def backward(self, out, first, last):
         """Sum up the gradients of the slots first..last-1 over the readers that wait, and over `sums`, into out."""
         args = (self.k, self.v, self.sums, out, first, last, self.fresh, 0 if out is self.sums else first)
-        kernel.slots_backward(self.readers, *args, self.k.shape[-1] ** -0.5, FastDepthStream.READERS)
+        kernel.slots_backward(self.readers, *args, self.k.shape[-1] ** -0.5)
 
     def reader(self, q, do, lse, delta, start, stop):
         """A layer's attention has been differentiated."""
-        if self.sums is None:
-            self.sums = [torch.empty_like(x, dtype=torch.float32) for x in (self.k, self.v)]
         self.readers.append((q, do, lse, delta, start, stop))
-        if len(self.readers) == FastDepthStream.READERS:
+        if len(self.readers) == kernel.readers_at_once(q.shape[1] // self.k.shape[2]):
+            if self.sums is None:
+                self.sums = [torch.empty_like(x[:stop], dtype=torch.float32) for x in (self.k, self.v)]
             first = min(reader[4] for reader in self.readers)
             self.backward(self.sums, first, stop)  # slots from `stop` on are done: their writers came before
             self.fresh, self.readers = min(self.fresh, first), []
@@ -373,9 +371,8 @@ class Attention(nn.Module):
             return q, k, v, self.heads(*kv[-2:], rope, self.config.depth_rope)
         return q, k, v, (k, v)
 
-    def forward(self, x, rope, stream, cache=None, maps=None):
-        """x (B, T, n_embd) -> what the heads found, side by side (B, T, n_embd), before wo."""
-        q, k, v, slot = self.project(x, rope)
+    def forward(self, q, k, v, slot, stream, cache=None, maps=None):
+        """What `project` returned -> what the heads found, side by side (B, T, n_embd), before wo."""
         keys, values = (k, v) if cache is None else cache.append(self.layer, k, v)
         if maps is not None:
             maps.append(moda_attention_weights(q, keys, stream.read(*self.reads)[0])[0])  # (B, n_head, T, T + n_slot)
@@ -395,11 +392,13 @@ class Block(nn.Module):
         self.attn_norm, self.ffn_norm = rms_norm(config.n_embd), rms_norm(config.n_embd)
 
     def forward(self, x, rope, stream, cache=None, maps=None):
-        o = self.attn(self.attn_norm(x) if self.pre else x, rope, stream, cache, maps)  # (B, T, n_embd)
+        o = self.attn(*self.before_attention(x, rope), stream, cache, maps)  # (B, T, n_embd)
         x, slot = self.after_attention(x, o, rope)
-        if slot is not None:
-            stream.write(self.attn.reads[1] + 1, *slot)
+        self.write(slot, stream)
         return x
+
+    def before_attention(self, x, rope):
+        return self.attn.project(self.attn_norm(x) if self.pre else x, rope)
 
     def after_attention(self, x, o, rope):
         """-> x (B, T, n_embd) after the layer, and the slot of the FFN: None or (k, v)."""
@@ -409,6 +408,15 @@ class Block(nn.Module):
         x = x + h
         slot = self.attn.heads(*slot, rope, self.attn.config.depth_rope) if slot else None
         return x if self.pre else self.ffn_norm(x), slot
+
+    def write(self, slot, stream):
+        if slot is not None:
+            stream.write(self.attn.reads[1] + 1, *slot)
+
+    def between(self, following, x, o, rope):
+        """From one attention to the next: `after_attention`, and `before_attention` of the following layer."""
+        x, slot = self.after_attention(x, o, rope)
+        return x, slot, following.before_attention(x, rope)
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -423,7 +431,7 @@ class MoDA(nn.Module):
 
     def __init__(self, config, impl=None, checkpoint=False):
         super().__init__()
-        self.config, self.impl, self.checkpoint = config, impl, checkpoint
+        self.config, self.impl, self.checkpoint, self.compiled = config, impl, checkpoint, False
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and, transposed, the LM head
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = rms_norm(config.n_embd) if config.norm == "pre" else nn.Identity()
@@ -450,10 +458,19 @@ class MoDA(nn.Module):
             raise ValueError(f"{stop} positions exceed block_size ({self.config.block_size})")
         rope, x = (self.cos[start:stop], self.sin[start:stop]), self.embed(idx)  # x (B, T, n_embd)
         stream = self._stream(x)(self.config, self.impl)
-        for block in self.blocks:
-            if self.checkpoint and torch.is_grad_enabled():
+        if self.checkpoint and torch.is_grad_enabled():
+            for block in self.blocks:
                 x = checkpoint(block, x, rope, stream, cache, maps, use_reentrant=False)
-            else:
+        elif self.compiled:  # the same, cut at the attentions instead of the layers
+            projected = self.blocks[0].before_attention(x, rope)
+            for block, following in zip(self.blocks[:-1], self.blocks[1:], strict=True):
+                o = block.attn(*projected, stream, cache, maps)
+                x, slot, projected = block.between(following, x, o, rope)
+                block.write(slot, stream)
+            o = self.blocks[-1].attn(*projected, stream, cache, maps)
+            x, _ = self.blocks[-1].after_attention(x, o, rope)
+        else:
+            for block in self.blocks:
                 x = block(x, rope, stream, cache, maps)
         stream.token = torch.zeros(())  # whoever keeps the stream shall not keep the graph
         if cache is not None:
@@ -485,12 +502,13 @@ class MoDA(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def compile_parts(self):
-        """torch.compile everything but the attention and the depth stream, which stay eager: the fastest way to train
-        on a GPU. (`torch.compile(model)` works as well; its depth stream is then the plain one.) Returns self."""
+        """torch.compile everything but the attention and the depth stream, which stay eager: what lies between two
+        attentions becomes one graph, the same for every layer. The fastest way to train on a GPU. Returns self.
+        (`torch.compile(model)` works as well; its depth stream is then the plain one.)"""
         for block in self.blocks:
-            block.attn.project = torch.compile(block.attn.project)
-            block.after_attention = torch.compile(block.after_attention)
-        self.head = torch.compile(self.head)
+            for part in ("before_attention", "between", "after_attention"):
+                setattr(block, part, torch.compile(getattr(block, part)))
+        self.head, self.compiled = torch.compile(self.head), True
         return self
 
     @torch.no_grad()
@@ -545,13 +563,12 @@ class MoDA(nn.Module):
     flops = staticmethod(flops)
 
 
-def capture(step, *inputs, pool=None):
+def capture(step, *inputs):
     """Record the kernels of step(*inputs) as a CUDA graph -> a function of inputs of the same shapes that replays it.
 
     Python is not asked again: where small kernels wait for it, a training step gets several times as fast. For that
     reason the step must not depend on anything but its inputs and on tensors that stay where they are; what it makes
-    (its result, and gradients that it lets begin as None) is overwritten by the next replay. pool: memory to share with
-    another capture (`torch.cuda.graph_pool_handle()`) that may be overwritten likewise.
+    (its result, and gradients that it lets begin as None) is overwritten by the next replay.
     """
     inputs = [x.clone() for x in inputs]
     side = torch.cuda.Stream()
@@ -561,7 +578,7 @@ def capture(step, *inputs, pool=None):
             step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph):
         result = step(*inputs)
 
     def replay(*new):
@@ -570,4 +587,5 @@ def capture(step, *inputs, pool=None):
         graph.replay()
         return result
 
+    replay.step = step  # the graph reads its weights by address: they have to live as long
     return replay

@@ -69,6 +69,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
+    compile: bool = False  # by torch.compile, in parts: worth its half minute on a GPU, in long runs
     eval_every: int = 50
     eval_tokens: int = 8192  # of the validation split, while training; at the end all of it counts
     save_every: int = 200
@@ -364,6 +365,8 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
     device, T = tokens.device, model_config.block_size
     torch.manual_seed(config.seed)
     model = MoDA(model_config).to(device)
+    if config.compile:
+        model.compile_parts()
     optimizers = make_optimizers(model, config)
     checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
     step, saved, seconds, rows, shown = 0, 0, 0.0, [], {}

@@ -126,7 +126,28 @@ def oracle(inputs, do=None, **kwargs):
     return results(moda_attention_reference, wide, None if do is None else do.cpu().double(), **kwargs)
 
 
-def assert_close(got, want, tolerance):
+def before_cancelling(inputs, do, want, causal):
+    """{gradient: norm of its terms, dz times a key or a query, added like independent errors}. A term's error is in
+    proportion to itself and, as delta = rowsum(do * o) is made of a rounded o, to p times the norm of do * o."""
+    q, k, v, *depth = (x.detach().cpu().double() for x in inputs)
+    n_kv_head, T_kv, scale, do, o = *k.shape[1:3], q.shape[-1] ** -0.5, do.cpu().double(), want["o"]
+    k, v, *depth = (x.repeat_interleave(q.shape[1] // n_kv_head, dim=-3) for x in (k, v, *depth))
+    p = moda_attention_weights(q, k, depth[0] if depth else None, causal=causal)[0]  # (B, n_head, T_q, T_kv + n_slot)
+    dp = do @ v.mT
+    if depth:
+        dp = torch.cat([dp, torch.einsum("bhtd,sbhtd->bhts", do, depth[1])], -1)
+    products = do * o
+    term = (p * scale) ** 2 * ((dp - products.sum(-1, keepdim=True)) ** 2 + products.square().sum(-1, keepdim=True))
+    sequence, slots = term[..., :T_kv], term[..., T_kv:]
+    squares = {"dq": (sequence @ k**2).sum(), "dk": (sequence.mT @ q**2).sum()}
+    if depth:
+        squares["dq"] += torch.einsum("bhts,sbhtd->", slots, depth[0] ** 2)
+        squares["ddepth_k"] = torch.einsum("bhts,bhtd->", slots, q**2)
+    return {name: square.sqrt().item() for name, square in squares.items()}
+
+
+def assert_close(got, want, tolerance, at_least=()):
+    """Relative errors; of the results in the dict at_least, relative to that number where the result is smaller."""
     assert got.keys() == want.keys()
     for name, ref in want.items():
         x, ref = got[name].cpu().double(), ref.cpu().double()
@@ -135,6 +156,7 @@ def assert_close(got, want, tolerance):
         norm = ref.norm().item()
         unit = ref.numel() ** 0.5
         scale = max(norm, unit) if name == "lse" else norm if norm > 1e-10 * unit else unit
+        scale = max(scale, dict(at_least).get(name, 0.0))
         error = (x - ref).norm().item() / scale if ref.numel() else 0.0
         assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"  # false for NaN too
 
@@ -329,8 +351,11 @@ def test_random_shapes(data, impl, device, dtype):
     layout = data.draw(st.sampled_from(["contiguous", "transposed heads", "sliced"]))
     shape = sizes(B=2, n_kv_head=n_kv_head, group=group, T_q=T_q, T_kv=T_kv, head_dim=head_dim, n_slot=n_slot)
     inputs = [strided(x, layout) for x in random_inputs(**shape, dtype=dtype, device=device)]
-    # where few rows are, gradients may nearly cancel
-    check(impl, inputs, random_like(inputs[0]), causal=causal, slack=4)
+    do = random_like(inputs[0])
+    want = oracle(inputs, do, causal=causal)
+    got = results(moda_attention, inputs, do, causal=causal, impl=impl)
+    # twice, as few rows average nothing out: with one head of one channel, a result is a single rounding
+    assert_close(got, want, 2 * TOLERANCE[dtype], before_cancelling(inputs, do, want, causal))
 
 
 # ------------------------------------------------------------------------------------------------ what it must not do
@@ -574,15 +599,16 @@ for dtype, rows in (("bf16", 64), ("fp32", 16)):
             (kernel._forward_kernel, {"BLOCK_M": rows, "CAUSAL": False, "CONTINUE": False}),
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": True}),
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": False}),
-            (kernel._slots_backward_kernel, {"BLOCK_M": max(rows, 4 * group), "N_READER": 4}),
+            (kernel._slots_backward_kernel, {"BLOCK_M": max(rows, group), "N_READER": 1}),
+            (kernel._slots_backward_kernel, {"BLOCK_M": max(rows, 64), "N_READER": 8}),
         ):
             constants = common | options | {"GROUP": group}
             n_reader = options.get("N_READER", 0)
             signature = {n: "constexpr" if n in constants else kind(n, dtype, n_reader) for n in fn.arg_names}
             constexprs = {(fn.arg_names.index(n),): value for n, value in constants.items()}
             if n_reader:  # Triton makes a constant of every 1
-                signature["stop"] = ("constexpr", "i32", "constexpr", "i32")
-                constexprs |= {(fn.arg_names.index("stop"), i): 1 for i in (0, 2)}
+                signature["stop"] = ("constexpr", "i32")[:n_reader] + ("i32",) * (n_reader - 2)
+                constexprs |= {(fn.arg_names.index("stop"), 0): 1}
             source = ASTSource(fn=fn, signature=signature, constexprs=constexprs)
             triton.compile(source, target=GPUTarget("cuda", 90, 32))
             print("compiled", fn.__name__, dtype, group, options)
@@ -596,7 +622,7 @@ def test_kernels_compile_for_a_gpu():
     command = [sys.executable, "-c", AHEAD_OF_TIME]
     run = subprocess.run(command, env=environment, cwd=Path(kernel.__file__).parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("compiled") == 24
+    assert run.stdout.count("compiled") == 28
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU

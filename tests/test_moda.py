@@ -718,7 +718,7 @@ def test_other_errors():
 #
 # In Triton's interpreter on the CPU, or compiled on a GPU, against the plain stream of the portable path.
 
-DEEP = {"n_layer": 7}  # readers gather in fours: one full pass over the slots, and a rest
+DEEP = {"n_layer": 7, "n_head": 8, "n_kv_head": 1, "n_embd": 64}  # 6 readers gather in fours: a full pass, and a rest
 FAST_VARIANTS = [
     DEEP,
     DEEP | ROWS[3],
@@ -728,6 +728,8 @@ FAST_VARIANTS = [
     DEEP | {"norm": "pre", "depth_rope": False},
     {"n_layer": 2},
     {"n_layer": 12},
+    {"n_layer": 12, "n_kv_head": 1},
+    {"n_layer": 18, "n_head": 2, "n_kv_head": 2, "n_embd": 16},
 ]
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -797,7 +799,7 @@ def test_fast_stream_under_autograd(device):
         handle = model.blocks[4].register_forward_hook(lambda module, args, out: seen.append(out))
         model(idx)
         handle.remove()
-        loss = (seen[0] * torch.linspace(-1, 1, SMALL.n_embd, device=device)).sum()
+        loss = (seen[0] * torch.linspace(-1, 1, DEEP["n_embd"], device=device)).sum()
         parameters = [p for block in model.blocks[:4] for p in block.parameters()]
         return dict(enumerate(torch.autograd.grad(loss, parameters)))
 
@@ -854,14 +856,14 @@ def test_fast_stream_leaves_nothing_behind(checkpointed, device):
 def test_compiled_parts(device):
     model, plain, idx, targets = fast_and_plain(device, **DEEP)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=2):  # the last layer writes no slots: two of each part
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):  # the last writes no slots
         assert worst(gradients(model.compile_parts(), idx, targets), gradients(plain, idx, targets)) <= TIGHT
 
 
 @pytest.mark.gpu
 def test_fast_stream_in_bf16():
     """Whole-model gradients under autocast, against float64."""
-    model, plain, idx, targets = fast_and_plain("cuda", **DEEP, n_embd=128)
+    model, plain, idx, targets = fast_and_plain("cuda", **DEEP | {"n_embd": 128})
     want, portable = gradients(plain, idx, targets), copy.deepcopy(model)
     portable.impl = "torch"
     with torch.autocast("cuda", torch.bfloat16):
@@ -904,8 +906,9 @@ def captured_training_step(model, idx, targets):
 @pytest.mark.gpu
 def test_captured_step():
     """The CUDA graph gives the loss and gradients of the step it recorded, for other inputs too."""
-    model, _, idx, targets = fast_and_plain("cuda", **DEEP, n_embd=128)
+    model, _, idx, targets = fast_and_plain("cuda", **DEEP | {"n_embd": 128})
     step, replay = captured_training_step(model, idx, targets)
+    assert replay.step is step  # and so the model lives as long as the graph
     graph_grads = [p.grad for p in model.parameters()]
     for x, y in ((targets, idx), (idx, targets)):
         loss = replay(x, y).clone()

@@ -1,0 +1,268 @@
+"""Does depth KV help? The paper's Table 6 at single-GPU scale, one cell of the table a run.
+
+    python replicate.py --data FOLDER 24l-post-plain 24l-post-row4 --seeds 0 1 2     train these, one after the other
+    python replicate.py report                                                       results/quality.md, quality.png
+
+A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run appends one line to results/quality.jsonl;
+what is there already is not run again, and what was cut off goes on where it was.
+
+The text: FOLDER holds novels_train.txt and novels_val.txt (or .txt.xz), English novels of 1840 to 1929 from the folder
+corpus/ of github.com/computationalstylistics/100_english_novels, the books that results/novels.txt names, in its order:
+byte-order marks and carriage returns removed, runs of blank lines folded. Validation is whole books that training never
+sees. Its tokens are kept in runs/novels.pt, so that FOLDER is needed once.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import re
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from moda import PRESETS, MoDA
+from train_small import (
+    TrainConfig,
+    encode,
+    machine,
+    make_tokenizer,
+    pick_device,
+    tokenizer_from_json,
+    tokenizer_to_json,
+    train,
+    write_atomically,
+)
+
+ROOT = Path(__file__).parent
+RESULTS, TOKENS = ROOT / "results" / "quality.jsonl", ROOT / "runs" / "novels.pt"
+PLAIN = {"depth_kv": False, "ffn_kv": False}
+ROWS = {  # name: (what it is, changes to the config)
+    "plain": ("plain Transformer", PLAIN),
+    "row3": ("+ depth KV", {"ffn_kv": False}),
+    "row4": ("+ depth KV and FFN KV", {}),
+    "row5": ("+ attention KV of its own", {"attn_kv": True}),
+    "wide": ("plain, as many parameters as row4", PLAIN),
+    "longer": ("plain, as much time as row4 took", PLAIN),
+    "window4": ("row4, the last 4 slots", {"depth_window": 4}),
+    "window8": ("row4, the last 8 slots", {"depth_window": 8}),
+    "window16": ("row4, the last 16 slots", {"depth_window": 16}),
+    "norope": ("row4, deep keys not rotated", {"depth_rope": False}),
+    "noqknorm": ("row4 without QK-norm", {"qk_norm": False}),
+}
+PAPER = {(24, "post"): (3.4740, 3.4537, 3.4338), (48, "post"): (3.4062, 3.3653, 3.3484),
+         (48, "pre"): (3.3800, 3.3759, 3.3656)}  # Table 6: plain, row 3, row 4; FineWeb-Edu  # fmt: skip
+BATCH = 16  # sequences of 512 tokens
+LR = {"post": 2e-3, "pre": 2e-3}  # see results/quality.md for the search
+
+
+def corpus(folder):
+    """-> {"tokens", "held_out" (n_token,) int16, "tokenizer", "sha256", "bytes"}, kept in runs/novels.pt."""
+    if not TOKENS.exists():
+        texts = []
+        for part in ("train", "val"):
+            path = Path(folder or ".", f"novels_{part}.txt")
+            if not path.exists() and not path.with_suffix(".txt.xz").exists():
+                raise SystemExit(f"error: there is no {path} (or .xz): --data names the folder, see --help")
+            raw = path.read_bytes() if path.exists() else lzma.decompress(path.with_suffix(".txt.xz").read_bytes())
+            texts.append(raw.decode())
+        tokenizer = make_tokenizer("bpe", texts[:1], 4096)
+        tokens, held_out = (encode(tokenizer, [text]).to(torch.int16) for text in texts)
+        raw = [text.encode() for text in texts]
+        data = {"tokens": tokens, "held_out": held_out, "tokenizer": tokenizer_to_json(tokenizer)}
+        data |= {"sha256": [hashlib.sha256(x).hexdigest() for x in raw], "bytes": [len(x) for x in raw]}
+        TOKENS.parent.mkdir(exist_ok=True)
+        torch.save(data, TOKENS)
+    return torch.load(TOKENS, weights_only=True)
+
+
+def finished():
+    """The lines of results/quality.jsonl."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def cell_config(cell):
+    """ "24l-post-row4" -> (MoDAConfig, row). ValueError for what is no cell."""
+    match = re.fullmatch(r"(\d+)l-(pre|post)-(.+)", cell)
+    if not match or match[3] not in ROWS:
+        raise ValueError(f"{cell!r} is no cell: LAYERS-NORM-ROW, with the rows {', '.join(ROWS)}")
+    row_4 = replace(PRESETS["paper-24l"], vocab_size=4096, n_layer=int(match[1]), norm=match[2])
+    config = replace(row_4, **ROWS[match[3]][1])
+    if match[3] == "wide":  # hidden units for the parameters of the FFN KV projections, in steps of 8
+        extra = MoDA(row_4).num_params() - MoDA(config).num_params()
+        per_unit = config.n_layer * (3 * config.n_embd + 2)
+        config = replace(config, n_hidden=config.hidden + -(-extra // per_unit) // -8 * -8)
+    return config, match[3]
+
+
+def steps_of(cell, row, epochs, n_token, done):
+    """Optimizer steps of `epochs` over the text; of the row "longer", as many as fit into the time that row4 took."""
+    steps = round(epochs * n_token / (BATCH * 512))
+    if row == "longer":
+        speed = {
+            name: [run["tokens_per_s"] for run in done if run["cell"] == cell.replace("longer", name)]
+            for name in ("plain", "row4")
+        }
+        if not all(speed.values()):
+            raise ValueError(f"{cell} needs the speed of plain and row4: run them first, on the same machine")
+        steps = round(steps * statistics.median(speed["plain"]) / statistics.median(speed["row4"]))
+    return steps
+
+
+def run(cell, seed, epochs, lr, warmup, data, device):
+    """Train one cell and append its line to results/quality.jsonl."""
+    model_config, row = cell_config(cell)
+    lr = lr or LR[model_config.norm]
+    done = finished()
+    key = {"cell": cell, "seed": seed, "epochs": epochs, "lr": lr, "warmup": warmup}
+    if any(all(line[name] == value for name, value in key.items()) for line in done):
+        print(f"{key} is in {RESULTS.name} already")
+        return
+    steps = steps_of(cell, row, epochs, len(data["tokens"]), done)
+    settings = {"compile": device.type == "cuda", "eval_every": max(1, steps // 20), "eval_tokens": 65_536}
+    config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, lr=lr, warmup=warmup,
+                         save_every=max(1, steps // 4), **settings)  # fmt: skip
+    tokens, held_out = (data[part].long().to(device) for part in ("tokens", "held_out"))
+    T = model_config.block_size
+    pad = -(len(held_out) - 1) % T
+    windows = F.pad(held_out[:-1], (0, pad)).view(-1, T), F.pad(held_out[1:], (0, pad), value=-1).view(-1, T)
+    folder = ROOT / "runs" / "replicate" / "-".join(map(str, (cell, f"{epochs:g}e", f"{lr:g}", warmup, f"s{seed}")))
+    source = {"source": "100 English novels", "sha256": data["sha256"], "bytes": data["bytes"]}
+    tokenizer = tokenizer_from_json(data["tokenizer"])
+    _, result = train(folder, config, model_config, tokenizer, tokens, windows, source, resume=True)
+    history = result.pop("history")
+    kept = [step for step in history if step["step"] % max(1, steps // 100) == 0 or step["val_loss"] is not None]
+    line = key | {"row": row, "n_layer": model_config.n_layer, "norm": model_config.norm, **result}
+    line["train_loss"] = statistics.mean(step["loss"] for step in history[-100:])
+    line["tokens"] = history[-1]["tokens"]
+    line["curve"] = [[step["tokens"], round(step["loss"], 4), step["val_loss"]] for step in kept]
+    line |= {"model_config": asdict(model_config), "train_config": asdict(config)}
+    line |= {"sha256": data["sha256"], "machine": machine(device)}
+    RESULTS.parent.mkdir(exist_ok=True)
+    text = "".join(json.dumps(x) + "\n" for x in [*finished(), line])
+    write_atomically(RESULTS, lambda path: path.write_text(text))
+    print(f"{cell} seed {seed}: {line['val_loss']:.4f} nats per token, {line['val_bpb']:.4f} bits per byte")
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def spread(values):
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def differences(rows, row):
+    """Of the runs of one row: loss minus that of the plain model with the same seed, where there is one."""
+    plain = {line["seed"]: line["val_loss"] for line in rows.get("plain", [])}
+    return [line["val_loss"] - plain[line["seed"]] for line in rows[row] if line["seed"] in plain]
+
+
+def paper_difference(n_layer, norm, row):
+    paper = dict(zip(("plain", "row3", "row4"), PAPER.get((n_layer, norm), ()), strict=False))
+    return paper[row] - paper["plain"] if row in paper and row != "plain" else None
+
+
+HEAD = """| row | | parameters | seeds | nats/token | bits/byte | training loss | difference | paper | tokens/s |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
+
+
+def report():
+    """results/quality.jsonl -> results/quality.md and results/quality.png."""
+    lines = finished()
+    if not lines:
+        raise SystemExit(f"error: there is nothing in {RESULTS} yet")
+    groups = {}
+    for line in lines:
+        if line["lr"] == LR[line["norm"]]:
+            rows = groups.setdefault((line["n_layer"], line["norm"], line["epochs"]), {})
+            rows.setdefault(line["row"], []).append(line)
+    text = ["""# Quality: does depth KV lower the loss?
+
+Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
+whole validation text; mean ± standard deviation over seeds. The difference is to the plain model of the same seed, and
+beside it that of the paper's Table 6, on other data and 100 times as many tokens."""]  # fmt: skip
+    for (n_layer, norm, epochs), rows in sorted(groups.items(), key=str):
+        text += [f"\n## {n_layer} layers, {norm}-norm, {epochs:g} epoch{'s' * (epochs != 1)}\n", HEAD]
+        for row in (row for row in ROWS if row in rows):
+            runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row)
+            cells = [row, ROWS[row][0], f"{runs[0]['parameters']:,}", str(len(runs))]
+            cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
+            cells += [spread(delta) if delta and row != "plain" else "", "" if paper is None else f"{paper:.4f}"]
+            text.append(f"| {' | '.join(cells)} | {statistics.median(line['tokens_per_s'] for line in runs):,.0f} |")
+    names = ("cell", "seed", "epochs", "lr", "warmup")
+    text += ["\n## The learning rate of the plain models\n", f"| {' | '.join(names)} | nats per token |",
+             "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for line in sorted((line for line in lines if line["row"] == "plain"), key=lambda line: [line[n] for n in names]):
+        text.append(f"| {' | '.join(str(line[n]) for n in names)} | {line['val_loss']:.4f} |")
+    ran_on = {f"{m['device']}, torch {m['torch']}, commit {m['commit']}" for m in (line["machine"] for line in lines)}
+    text.append(f"\nRun on: {'; '.join(sorted(ran_on))}.")
+    (ROOT / "results" / "quality.md").write_text("\n".join(text) + "\n")
+    plot(groups)
+    print("wrote results/quality.md and results/quality.png")
+
+
+def plot(groups):
+    """Curves of the plain model, rows 3 and 4, and the differences to the plain model with their error bars."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors, names = {"plain": "#767676", "row3": "#E69F00", "row4": "#009E73"}, []
+    most = max(groups, key=lambda group: sum(map(len, groups[group].values())))
+    for row in colors:
+        for i, line in enumerate(groups[most].get(row, [])):
+            seen = [(tokens / 1e6, loss) for tokens, _, loss in line["curve"] if loss is not None]
+            left.plot(*zip(*seen, strict=True), color=colors[row], lw=1.5, label=ROWS[row][0] if i == 0 else None)
+    left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
+    left.set_title(f"{most[0]} layers, {most[1]}-norm, one line a seed", loc="left", fontsize=11)
+    left.legend(frameon=False)
+    for (n_layer, norm, epochs), rows in sorted(groups.items(), key=str):
+        for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
+            delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
+            error = statistics.stdev(delta) if len(delta) > 1 else 0
+            style = {"fmt": "o", "color": colors.get(row, "#0072B2"), "capsize": 4}
+            right.errorbar(statistics.mean(delta), len(names), xerr=error, **style)
+            if paper is not None:
+                right.plot(paper, len(names), "D", color="#222222", mfc="white", ms=6)
+            names.append(f"{n_layer} {norm} {epochs:g}e {row}")
+    right.axvline(0, color="#D22030", lw=1.5)
+    right.set_yticks(range(len(names)), names, fontsize=9)
+    right.invert_yaxis()
+    right.set_title("loss minus the plain model's; diamonds: the paper", loc="left", fontsize=11)
+    right.set_xlabel("nats per token")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "results" / "quality.png", dpi=130)
+
+
+def main():
+    rows = "rows:\n" + "\n".join(f"  {name:15} {what}" for name, (what, _) in ROWS.items())
+    parser = argparse.ArgumentParser(None, None, __doc__, rows, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="+", metavar="CELL", help="LAYERS-NORM-ROW, or report")
+    parser.add_argument("--data", metavar="FOLDER", help="where the novels are; needed the first time")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
+    parser.add_argument("--epochs", type=float, default=1, help="passes over the 16 million tokens (default: 1)")
+    parser.add_argument("--lr", type=float, help=f"to search for it (default: {LR})")
+    parser.add_argument("--warmup", type=int, default=300, help="steps (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (the best that is there)")
+    args = parser.parse_args()
+    if args.cells == ["report"]:
+        return report()
+    try:
+        for cell in args.cells:
+            cell_config(cell)
+        device = pick_device(args.device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        data = corpus(args.data)
+        for seed in args.seeds:  # seed by seed, so that what is there after a cut can be compared
+            for cell in args.cells:
+                run(cell, seed, args.epochs, args.lr, args.warmup, data, device)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

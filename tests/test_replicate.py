@@ -1,0 +1,72 @@
+"""The replication script, on a text of a few thousand words: cells, files, what is not run twice, the report."""
+
+import json
+import lzma
+import random
+
+import pytest
+
+import replicate
+from moda import MoDA
+from replicate import ROWS, cell_config
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of its own for runs and results, and a corpus in it, one half packed."""
+    monkeypatch.setattr(replicate, "ROOT", tmp_path)
+    monkeypatch.setattr(replicate, "RESULTS", tmp_path / "results" / "quality.jsonl")
+    monkeypatch.setattr(replicate, "TOKENS", tmp_path / "runs" / "novels.pt")
+    words = random.Random(0).choices(
+        ["the", "whale", "it", "was", "a", "captain", "of", "my", "ship", "and", "sea"], k=40_000
+    )
+    (tmp_path / "novels_train.txt").write_text(" ".join(words))
+    (tmp_path / "novels_val.txt.xz").write_bytes(lzma.compress(" ".join(words[:2000]).encode()))
+    return tmp_path
+
+
+def test_cells_of_the_table():
+    plain, row_3, row_4, wide = (cell_config(f"24l-post-{row}")[0] for row in ("plain", "row3", "row4", "wide"))
+    count = [MoDA(config).num_params() for config in (plain, row_3, row_4, wide)]
+    assert count[0] == count[1] < count[2] <= count[3] < count[2] * 1.01
+    # the paper's Table 6, less what its larger vocabulary adds
+    assert round((count[0] + (50_304 - 4096) * 384) / 1e6, 2) == 71.35
+    assert not plain.depth_kv and row_3.depth_kv and not row_3.ffn_kv and row_4.ffn_kv
+    assert cell_config("48l-pre-window8")[0].depth_window == 8 and cell_config("48l-pre-window8")[0].norm == "pre"
+    for row in ROWS:
+        assert cell_config(f"2l-pre-{row}")[1] == row
+    for wrong in ("24l-post", "24-post-row4", "24l-mid-row4", "24l-post-row6"):
+        with pytest.raises(ValueError, match="LAYERS-NORM-ROW"):
+            cell_config(wrong)
+
+
+def test_a_table_fills(place, monkeypatch, capsys):
+    def main(*arguments):
+        monkeypatch.setattr("sys.argv", ["replicate.py", *arguments])
+        replicate.main()
+        return [json.loads(line) for line in replicate.RESULTS.read_text().splitlines()]
+
+    with pytest.raises(SystemExit, match="novels_train"):
+        main("1l-post-plain", "--device", "cpu")
+    with pytest.raises(SystemExit, match="nothing in"):
+        main("report")
+    few = ("--epochs", "0.2", "--device", "cpu", "--data", str(place))
+    lines = main("1l-post-plain", "2l-post-row4", *few)
+    assert [line["cell"] for line in lines] == ["1l-post-plain", "2l-post-row4"]
+    for line in lines:
+        assert line["tokens"] == 16 * 512 and line["seed"] == 0 and len(line["sha256"]) == 2
+        assert line["curve"][-1][0] == line["tokens"] and line["curve"][-1][2] == pytest.approx(
+            line["val_loss"], abs=0.5
+        )
+    with pytest.raises(SystemExit, match="needs the speed"):
+        main("1l-post-longer", *few)
+    (place / "novels_train.txt").unlink()  # the tokens are kept
+    assert main("1l-post-plain", *few) == lines and "already" in capsys.readouterr().out
+    lines = main("1l-post-row4", *few[:4], "--seeds", "0", "1")
+    assert [(line["cell"], line["seed"]) for line in lines[2:]] == [("1l-post-row4", 0), ("1l-post-row4", 1)]
+
+    main("report")
+    text = (place / "results" / "quality.md").read_text()
+    difference = lines[2]["val_loss"] - lines[0]["val_loss"]
+    assert f"| {difference:.4f} |" in text and "2 layers, post-norm, 0.2 epochs" in text
+    assert (place / "results" / "quality.png").stat().st_size > 10_000
