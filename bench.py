@@ -456,6 +456,7 @@ def step_error(model, step, idx, targets):
 
 
 def bench_train(args):
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and do not time what was not compiled
     if args.readers:
         kernel.readers_at_once = lambda group: args.readers
     copy_TBps, matmul_TFLOPs = ceilings()

@@ -513,6 +513,8 @@ class MoDA(nn.Module):
         """torch.compile everything but the attention and the depth stream, which stay eager: what lies between two
         attentions becomes one graph, the same for every layer. The fastest way to train on a GPU. Returns self.
         (`torch.compile(model)` works as well; its depth stream is then the plain one.)"""
+        limits = torch._dynamo.config  # all models share the parts' code; beyond this many variants it runs eagerly
+        limits.recompile_limit = max(limits.recompile_limit, 64)
         for block in self.blocks:
             for part in ("before_attention", "between", "after_attention"):
                 setattr(block, part, torch.compile(getattr(block, part)))
