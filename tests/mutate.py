@@ -85,7 +85,7 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "            ctx.slots.reader(q.detach(), do, lse, delta, ctx.start, ctx.stop)", "            ctx.slots.reader(q.detach(), do, lse, delta, ctx.start + 1, ctx.stop)"),
     ("moda.py", "        return o, token.clone()\n", "        return o, token.detach().clone().requires_grad_()\n"),
     ("moda.py", "            first = slot - slot % self.per_layer\n", "            first = slot\n"),
-    ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def backward", "        self.k[slot], self.v[slot] = k, k\n\n    def backward"),
+    ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def attend", "        self.k[slot], self.v[slot] = k, k\n\n    def attend"),
     ("moda.py", "        stream.token = torch.zeros(())  # whoever", "        # whoever"),
 ]  # fmt: skip
 EQUIVALENT = {
