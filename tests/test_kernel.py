@@ -52,7 +52,10 @@ def dtypes_of(impl, device):
 
 def one_test_for(*arguments):
     names = [str(x).removeprefix("torch.") for x in arguments]
-    return pytest.param(*arguments, id="-".join(names), marks=[pytest.mark.gpu] if "cuda" in arguments else [])
+    marks = [pytest.mark.gpu] if "cuda" in arguments else []
+    if {"triton", "fused"} & set(arguments):
+        marks.append(pytest.mark.skipif(kernel.triton is None, reason="needs Triton"))
+    return pytest.param(*arguments, id="-".join(names), marks=marks)
 
 
 each_run = pytest.mark.parametrize("impl, device", [one_test_for(impl, device) for impl, device, _ in RUNS])
