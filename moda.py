@@ -228,9 +228,8 @@ class _Slots:
         if len(self.readers) == kernel.readers_at_once(q.shape[1] // self.k.shape[2]):
             if self.sums is None:
                 self.sums = [torch.empty_like(x[:stop], dtype=torch.float32) for x in (self.k, self.v)]
-            first = min(reader[4] for reader in self.readers)
-            self.backward(self.sums, first, stop)  # slots from `stop` on are done: their writers came before
-            self.fresh, self.readers = min(self.fresh, first), []
+            self.backward(self.sums, start, stop)  # the deeper readers saw nothing older; from `stop` on all is done
+            self.fresh, self.readers = start, []
 
     def writer(self, slot):
         """-> dk, dv of a slot whose readers have all been differentiated."""

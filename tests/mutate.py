@@ -77,9 +77,8 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "n_extra * 2 * c.n_embd * kv_dim", "n_extra * c.n_embd * kv_dim"),
     ("moda.py", "        if torch.is_grad_enabled() and not all(self.with_grad[slot]", "        if False and not all(self.with_grad[slot]"),
     # the fast depth stream
-    ("moda.py", "            self.fresh, self.readers = min(self.fresh, first), []", "            self.fresh, self.readers = first, []"),
-    ("moda.py", "            self.fresh, self.readers = min(self.fresh, first), []", "            self.readers = []"),
-    ("moda.py", "            first = min(reader[4] for reader in self.readers)", "            first = start"),
+    ("moda.py", "            self.fresh, self.readers = start, []", "            self.readers = []"),
+    ("moda.py", "            self.backward(self.sums, start, stop)", "            self.backward(self.sums, start + 1, stop)"),
     ("moda.py", "            ctx.slots.begin_backward()\n", ""),
     ("moda.py", "self.readers, self.sums, self.fresh, self.done = [], None, self.n_slot, {}", "self.readers, self.sums, self.fresh, self.done = [], None, 0, {}"),
     ("moda.py", "            ctx.slots.reader(q.detach(), do, lse, delta, ctx.start, ctx.stop)", "            ctx.slots.reader(q.detach(), do, lse, delta, ctx.start + 1, ctx.stop)"),
