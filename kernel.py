@@ -266,9 +266,10 @@ def _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale):
 # one column in BLOCK_T; the others are computed and masked. So a small tile wastes least, and 16 rows, the fewest
 # that a matrix unit takes, are enough: the depth half does little arithmetic on many bytes.
 #
-# `jit` is an identity where there is no Triton, so that this file imports everywhere.
+# `jit` is an identity where there is no Triton, so that this file imports everywhere. It compiles a kernel anew for
+# numbers that are 1 or multiples of 16: strides profit from that, counts of slots shall not.
 
-jit = triton.jit if triton else lambda fn: fn
+jit = triton.jit if triton else lambda fn=None, **_: fn or (lambda fn: fn)
 
 
 @jit
@@ -279,7 +280,7 @@ def _softmax_step(z, v, m, acc, o):
     return m_new, acc * rescale + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
 
 
-@jit
+@jit(do_not_specialize=["n_slot"])
 def _forward_kernel(
     q, k, v, depth_k, depth_v, o, lse,  # pointers; o and lse are read too, if CONTINUE
     q_stride, k_stride, v_stride, depth_k_stride, depth_v_stride, o_stride,  # without the last dimension, whose is 1
@@ -360,7 +361,7 @@ def _forward_kernel(
     tl.store(lse_row, (m + tl.log2(acc)) * LN2, mask=in_row)
 
 
-@jit
+@jit(do_not_specialize=["n_slot"])
 def _backward_kernel(
     do, q, depth_k, depth_v, o, lse,  # pointers
     dq, delta, ddepth_k, ddepth_v,  # pointers to results; dq holds the sequence half already
@@ -426,17 +427,17 @@ def _backward_kernel(
 
 
 @jit
-def _pick(of, reader, N_READER: tl.constexpr, POINTER: tl.constexpr):
-    """For each row, the element of the tuple `of` that belongs to its reader; pointers as whole numbers."""
+def _pick(of, reader, N_READER: tl.constexpr):
+    """For each row, the pointer in the tuple `of` that belongs to its reader, as a whole number."""
     picked = tl.zeros_like(reader).to(tl.int64)
     for r in tl.static_range(N_READER):
-        picked = tl.where(reader == r, of[r].to(tl.int64) if POINTER else of[r], picked)
+        picked = tl.where(reader == r, of[r].to(tl.int64), picked)
     return picked
 
 
-@jit
+@jit(do_not_specialize=["first", "last", "fresh", "out_first", "n_reader"])
 def _slots_backward_kernel(
-    q, do, lse, delta, start, stop,  # of the readers: tuples of N_READER pointers, and the range of slots each read
+    q, do, lse, delta, start,  # of the readers: tuples of N_READER pointers, and the first slot that each read
     depth_k, depth_v, sum_k, sum_v, out_k, out_v,  # pointers
     q_stride, do_stride, slot_stride, sum_stride, out_stride,  # K and V of a kind are laid out alike
     n_head, T, first, last, fresh, out_first, n_reader, scale, scale_log2,
@@ -459,16 +460,13 @@ def _slots_backward_kernel(
     in_dim = dim < HEAD_DIM
     in_row = (reader < n_reader) & (token < T)
     in_tile = in_row[:, None] & in_dim[None, :]
-    first_read, last_read = _pick(start, reader, N_READER, False), _pick(stop, reader, N_READER, False)
-    q_row = _pick(q, reader, N_READER, True).to(q[0].dtype) + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
-    do_row = (
-        _pick(do, reader, N_READER, True).to(do[0].dtype)
-        + b * do_stride[0]
-        + head * do_stride[1]
-        + token * do_stride[2]
-    )
-    lse_row = _pick(lse, reader, N_READER, True).to(lse[0].dtype) + (b * n_head + head) * T + token
-    delta_row = _pick(delta, reader, N_READER, True).to(delta[0].dtype) + (b * n_head + head) * T + token
+    first_read = tl.zeros([BLOCK_M], tl.float32)
+    for r in tl.static_range(N_READER):
+        first_read = tl.where(reader == r, start[r], first_read)
+    q_row = _pick(q, reader, N_READER).to(q[0].dtype) + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
+    do_row = _pick(do, reader, N_READER).to(do[0].dtype) + b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
+    lse_row = _pick(lse, reader, N_READER).to(lse[0].dtype) + (b * n_head + head) * T + token
+    delta_row = _pick(delta, reader, N_READER).to(delta[0].dtype) + (b * n_head + head) * T + token
     q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
     do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
     lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
@@ -485,8 +483,7 @@ def _slots_backward_kernel(
         dk_tile = tl.load(sum_k + sum_at[:, None] + dim[None, :], mask=summed, other=0.0)
         dv_tile = tl.load(sum_v + sum_at[:, None] + dim[None, :], mask=summed, other=0.0)
         z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
-        read = (slot[None, :] >= first_read[:, None]) & (slot[None, :] < last_read[:, None]) & in_row[:, None]
-        read &= token[:, None] == source[None, :]
+        read = (slot[None, :] >= first_read[:, None]) & (token[:, None] == source[None, :]) & in_row[:, None]
         p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
@@ -568,21 +565,22 @@ def readers_at_once(group):
 def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out_first, scale):
     """Gradients of the slots first..last-1, summed over the layers that read them, from what each of them kept.
 
-    readers: up to 16 of (q, do, lse, delta, start, stop): q, do (B, n_head, T, head_dim), lse, delta
-    (B, n_head, T) of a layer that read the slots start..stop-1, all laid out alike. depth_k, depth_v (n_slot, B,
-    n_kv_head, T, head_dim); sums: two such in float32, what earlier calls summed up, not read for slots below `fresh`,
-    or None; out: two such, written at [s - out_first] for slot s.
+    readers: some (q, do, lse, delta, start), q, do (B, n_head, T, head_dim), lse, delta (B, n_head, T), of layers that
+    read the slots from `start` to at least last-1, all laid out alike. depth_k, depth_v (n_slot, B, n_kv_head, T,
+    head_dim); sums: two such in float32, what earlier calls summed up, not read for slots below `fresh`, or None; out:
+    two such, written at [s - out_first] for slot s.
     """
     if not readers:  # all of them are in sums
         for x, total in zip(out, sums, strict=True):
             x.copy_(total[first:last])
         return
     N_READER = triton.next_power_of_2(len(readers))  # one program for each power of two
-    q, do, lse, delta, start, stop = zip(*(readers + readers[-1:] * N_READER)[:N_READER], strict=True)
+    q, do, lse, delta, start = zip(*(readers + readers[-1:] * N_READER)[:N_READER], strict=True)
+    start = tuple(map(float, start))  # whole numbers in a tuple are always specialised on
     strides = [x.stride()[:-1] for x in (q[0], do[0], depth_k, depth_k if sums is None else sums[0], out[0])]
     sums = lse[:1] * 2 if sums is None else sums  # to point anywhere, in float32
     (n_head, T, head_dim), n_kv_head = q[0].shape[1:], depth_k.shape[2]
-    args = (q, do, lse, delta, start, stop, depth_k, depth_v, *sums, *out, *strides)
+    args = (q, do, lse, delta, start, depth_k, depth_v, *sums, *out, *strides)
     args += (n_head, T, first, last, fresh, out_first, len(readers), scale, scale / math.log(2))
     rows = 16 if q[0].dtype == torch.float32 else 64
     tokens = max(1, rows // (n_head // n_kv_head * N_READER))  # of one program; narrow tiles where it has few slots

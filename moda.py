@@ -224,7 +224,7 @@ class _Slots:
 
     def reader(self, q, do, lse, delta, start, stop):
         """A layer's attention has been differentiated."""
-        self.readers.append((q, do, lse, delta, start, stop))
+        self.readers.append((q, do, lse, delta, start))
         if len(self.readers) == kernel.readers_at_once(q.shape[1] // self.k.shape[2]):
             if self.sums is None:
                 self.sums = [torch.empty_like(x[:stop], dtype=torch.float32) for x in (self.k, self.v)]

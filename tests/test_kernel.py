@@ -591,7 +591,8 @@ POINTERS = FLOAT32 | set("q k v o do dq depth_k depth_v ddepth_k ddepth_v out_k 
 def kind(name, dtype, n_reader):
     if name.endswith("_stride"):
         return ("i32",) * (4 if name.split("_")[0] in ("depth", "ddepth", "slot", "sum", "out") else 3)
-    one = "*fp32" if name in FLOAT32 else "*" + dtype if name in POINTERS else "fp32" if "scale" in name else "i32"
+    number = "fp32" if name in ("start", "scale", "scale_log2") else "i32"
+    one = "*fp32" if name in FLOAT32 else "*" + dtype if name in POINTERS else number
     return (one,) * n_reader if n_reader and name in ("q", "do", "lse", "delta", "start") else one
 
 for dtype, rows in (("bf16", 64), ("fp32", 16)):
@@ -610,9 +611,6 @@ for dtype, rows in (("bf16", 64), ("fp32", 16)):
             n_reader = options.get("N_READER", 0)
             signature = {n: "constexpr" if n in constants else kind(n, dtype, n_reader) for n in fn.arg_names}
             constexprs = {(fn.arg_names.index(n),): value for n, value in constants.items()}
-            if n_reader:  # Triton makes a constant of every 1
-                signature["stop"] = ("constexpr", "i32")[:n_reader] + ("i32",) * (n_reader - 2)
-                constexprs |= {(fn.arg_names.index("stop"), 0): 1}
             source = ASTSource(fn=fn, signature=signature, constexprs=constexprs)
             triton.compile(source, target=GPUTarget("cuda", 90, 32))
             print("compiled", fn.__name__, dtype, group, options)
