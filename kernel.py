@@ -267,7 +267,7 @@ def _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale):
 # that a matrix unit takes, are enough: the depth half does little arithmetic on many bytes.
 #
 # `jit` is an identity where there is no Triton, so that this file imports everywhere. It compiles a kernel anew for
-# numbers that are 1 or multiples of 16: strides profit from that, counts of slots shall not.
+# numbers that are 1 or multiples of 16: strides profit from that, numbers of slots only multiply the kernels.
 
 jit = triton.jit if triton else lambda fn=None, **_: fn or (lambda fn: fn)
 
@@ -280,7 +280,7 @@ def _softmax_step(z, v, m, acc, o):
     return m_new, acc * rescale + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
 
 
-@jit(do_not_specialize=["n_slot"])
+@jit
 def _forward_kernel(
     q, k, v, depth_k, depth_v, o, lse,  # pointers; o and lse are read too, if CONTINUE
     q_stride, k_stride, v_stride, depth_k_stride, depth_v_stride, o_stride,  # without the last dimension, whose is 1
@@ -361,7 +361,7 @@ def _forward_kernel(
     tl.store(lse_row, (m + tl.log2(acc)) * LN2, mask=in_row)
 
 
-@jit(do_not_specialize=["n_slot"])
+@jit
 def _backward_kernel(
     do, q, depth_k, depth_v, o, lse,  # pointers
     dq, delta, ddepth_k, ddepth_v,  # pointers to results; dq holds the sequence half already
