@@ -184,7 +184,7 @@ def report():
 
 Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
 whole validation text; mean ± standard deviation over seeds. The difference is to the plain model of the same seed, and
-beside it that of the paper's Table 6, on other data and 100 times as many tokens."""]  # fmt: skip
+beside it that of the paper's Table 6, on other data and many more tokens."""]  # fmt: skip
     for (n_layer, norm, epochs), rows in sorted(groups.items(), key=str):
         text += [f"\n## {n_layer} layers, {norm}-norm, {epochs:g} epoch{'s' * (epochs != 1)}\n", HEAD]
         for row in (row for row in ROWS if row in rows):
@@ -218,6 +218,8 @@ def plot(groups):
     left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
     left.set_title(f"{most[0]} layers, {most[1]}-norm, one line a seed", loc="left", fontsize=11)
     left.legend(frameon=False)
+    low = min(line["val_loss"] for row in colors for line in groups[most].get(row, []))
+    left.set_ylim(low - 0.1, low + 1.2)  # where the curves can be told apart
     for (n_layer, norm, epochs), rows in sorted(groups.items(), key=str):
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
