@@ -187,7 +187,7 @@ class FastDepthStream(DepthStream):
 
     def read(self, start, stop):
         self.check_gradients(start, stop)
-        return (self.slots.k[start:stop], self.slots.v[start:stop]) if stop > start else (None, None)
+        return self.slots.read(start, stop)
 
     def attend(self, q, k, v, start, stop):
         self.check_gradients(start, stop)
@@ -213,9 +213,12 @@ class _Slots:
             self.k, self.v = (x.new_empty(self.n_slot, *x.shape) for x in (k, v))
         self.k[slot], self.v[slot] = k, v
 
+    def read(self, start, stop):
+        return (self.k[start:stop], self.v[start:stop]) if stop > start else (None, None)
+
     def attend(self, q, k, v, start, stop):
-        depth = (self.k[start:stop], self.v[start:stop]) if stop > start else (None, None)
-        return kernel.attention_forward(q, k, v, *depth, True, q.shape[-1] ** -0.5, "triton")  # o, lse
+        """-> o (B, n_head, T, head_dim), lse (B, n_head, T)."""
+        return kernel.attention_forward(q, k, v, *self.read(start, stop), True, q.shape[-1] ** -0.5, "triton")
 
     def backward(self, out, first, last):
         """Sum up the gradients of the slots first..last-1 over the readers that wait, and over `sums`, into out."""
@@ -273,7 +276,7 @@ class _Attend(torch.autograd.Function):
         do, scale = kernel._laid_out(do, q), q.shape[-1] ** -0.5
         dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, scale)
         if ctx.stop > ctx.start:
-            depth = (ctx.slots.k[ctx.start : ctx.stop], ctx.slots.v[ctx.start : ctx.stop])
+            depth = ctx.slots.read(ctx.start, ctx.stop)
             delta = kernel._depth_backward_triton(do, q, *depth, o, lse, scale, dq, slots=False)
             ctx.slots.reader(q.detach(), do, lse, delta, ctx.start, ctx.stop)
         return dq, dk, dv, dtoken, None, None, None

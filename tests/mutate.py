@@ -1,8 +1,8 @@
 # ruff: noqa: E501 - a mutant is a line
 """Break kernel.py and moda.py on purpose, one line at a time, and see the tests go red: `python tests/mutate.py`.
 
-A mutant that no test notices is a test that is missing, unless it changes nothing: EQUIVALENT says why. Half an hour
-on two cores; `python tests/mutate.py 3 17` runs those two. What only a GPU can notice is not among them.
+A mutant that no test notices is a test that is missing, unless it changes nothing: EQUIVALENT says why. It takes an hour
+or more; `python tests/mutate.py 3 17` runs those two. What only a GPU can notice is not among them.
 """
 
 import shutil
@@ -84,7 +84,7 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "        o, self.token = _Attend.apply(", "        o, _ = _Attend.apply("),
     ("moda.py", "            self.token = _Write.apply(", "            _Write.apply("),
     ("moda.py", "            first = slot - slot % self.per_layer\n", "            first = slot\n"),
-    ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def attend", "        self.k[slot], self.v[slot] = k, k\n\n    def attend"),
+    ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def read", "        self.k[slot], self.v[slot] = k, k\n\n    def read"),
     ("moda.py", "        stream.token = torch.zeros(())  # whoever", "        # whoever"),
 ]  # fmt: skip
 EQUIVALENT = {

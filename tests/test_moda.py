@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernel
 import moda
+from bench import train_step
 from kernel import moda_attention, moda_attention_reference
 from moda import PRESETS, DepthStream, FastDepthStream, KVCache, MoDA, MoDAConfig, capture, flops
 
@@ -892,23 +893,12 @@ def test_fast_stream_data_parallel(tmp_path):
         assert worst(torch.load(tmp_path / f"{rank}.pt"), want) <= TIGHT
 
 
-def captured_training_step(model, idx, targets):
-    def step(idx, targets):
-        for p in model.parameters():
-            p.grad = None
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(idx, targets)[1]
-        loss.backward()
-        return loss.detach()
-
-    return step, capture(step, idx, targets)
-
-
 @pytest.mark.gpu
 def test_captured_step():
     """The CUDA graph gives the loss and gradients of the step it recorded, for other inputs too."""
     model, _, idx, targets = fast_and_plain("cuda", **DEEP | {"n_embd": 128})
-    step, replay = captured_training_step(model, idx, targets)
+    step = train_step(model)
+    replay = capture(step, idx, targets)
     assert replay.step is step  # and so the model lives as long as the graph
     graph_grads = [p.grad for p in model.parameters()]
     for x, y in ((targets, idx), (idx, targets)):
@@ -946,7 +936,7 @@ def test_training_curve():
     for impl in ("triton", "reference"):
         torch.manual_seed(0)
         model = MoDA(MoDAConfig(64, 64, n_layer=8, n_head=6, n_kv_head=2, n_embd=96), impl).cuda()
-        _, replay = captured_training_step(model, text[:32, :-1], text[:32, 1:])
+        replay = capture(train_step(model), text[:32, :-1], text[:32, 1:])
         optimizer = torch.optim.AdamW(model.parameters(), 2e-3, (0.9, 0.95))
         losses = []
         for step, rows in enumerate(text.split(32)):

@@ -17,7 +17,17 @@ import torch
 
 import train_small
 from moda import MoDA, MoDAConfig
-from train_small import TrainConfig, encode, get_batch, load_run, main, make_tokenizer, parse_field, read_documents
+from train_small import (
+    TrainConfig,
+    encode,
+    export_run,
+    get_batch,
+    load_run,
+    main,
+    make_tokenizer,
+    parse_field,
+    read_documents,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "n_layer=2 n_head=4 n_kv_head=2 n_embd=32 n_hidden=64 block_size=32 vocab_size=300"
@@ -134,6 +144,17 @@ def test_load_run_gives_the_trained_model_and_its_tokenizer(whole, text):
         parts = [model(x[None], y[None])[1] * len(x) for x, y in windows]
     assert sum(parts).item() / (len(tokens) - 1) == pytest.approx(results["val_loss"], rel=1e-5)
     assert not model.training and isinstance(model.generate(tokens[None, :1], 4), torch.Tensor)
+
+
+def test_an_exported_run_is_the_same_model_in_half_the_precision(whole, tmp_path):
+    folder, small = whole[0], tmp_path / "small"
+    export_run(folder, small)
+    (model, tokenizer), (copy, tokenizer_copy) = load_run(folder), load_run(small)
+    assert copy.config == model.config and tokenizer_copy._mergeable_ranks == tokenizer._mergeable_ranks
+    for (name, w), half in zip(model.state_dict().items(), copy.state_dict().values(), strict=True):
+        assert torch.equal(w.half().float(), half), name
+    assert metrics(small) == metrics(folder)
+    assert (small / "checkpoint.pt").stat().st_size < (folder / "checkpoint.pt").stat().st_size / 3
 
 
 def test_checkpoint_keys_are_the_models_own(whole):
