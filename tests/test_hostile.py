@@ -121,20 +121,24 @@ import os, random, signal, sys, time, torch
 torch.set_num_threads(1)
 import train_small
 
-out, arguments, draw, kills = sys.argv[1], sys.argv[2:], random.Random(0), 0
-while True:
+def steps():
+    return open(f"{out}/metrics.jsonl").read().count("val_bpb") if os.path.exists(f"{out}/metrics.jsonl") else 0
+
+out, arguments, draw, seen = sys.argv[1], sys.argv[2:], random.Random(0), 0
+for life in range(21):
     child = os.fork()
     if not child:
         resume = ["--resume"] if os.path.exists(f"{out}/checkpoint.pt") else []
         train_small.main(arguments + resume)
         os._exit(0)
-    time.sleep(draw.uniform(0.1, 0.7))
-    if kills < 20:
+    if life < 20:  # it dies once it has got further than all before it, by chance in the middle of whatever
+        seen += draw.randint(1, 15)
+        while steps() < seen and not os.waitpid(child, os.WNOHANG)[0]:
+            time.sleep(draw.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
-    kills += os.WIFSIGNALED(status)
-    if not os.WIFSIGNALED(status):
-        sys.exit(f"{kills} kills, exit status {status}" if kills < 20 or status else 0)
+    if os.WIFSIGNALED(status) != (life < 20):
+        sys.exit(f"life {life} ended with status {status}")
 """
 
 
