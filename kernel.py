@@ -467,6 +467,8 @@ def _slots_backward_kernel(
     do_row = _pick(do, reader, N_READER).to(do[0].dtype) + b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
     lse_row = _pick(lse, reader, N_READER).to(lse[0].dtype) + (b * n_head + head) * T + token
     delta_row = _pick(delta, reader, N_READER).to(delta[0].dtype) + (b * n_head + head) * T + token
+    # a pointer made of a number has forgotten that rows start at multiples of 16 bytes: it would load them 2 by 2
+    q_row, do_row = tl.multiple_of(q_row, 16), tl.multiple_of(do_row, 16)
     q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
     do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
     lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
@@ -579,13 +581,11 @@ def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out
     start = tuple(map(float, start))  # whole numbers in a tuple are always specialised on
     strides = [x.stride()[:-1] for x in (q[0], do[0], depth_k, depth_k if sums is None else sums[0], out[0])]
     sums = lse[:1] * 2 if sums is None else sums  # to point anywhere, in float32
-    (n_head, T, head_dim), n_kv_head = q[0].shape[1:], depth_k.shape[2]
+    n_head, T, n_kv_head = *q[0].shape[1:3], depth_k.shape[2]
     args = (q, do, lse, delta, start, depth_k, depth_v, *sums, *out, *strides)
     args += (n_head, T, first, last, fresh, out_first, len(readers), scale, scale / math.log(2))
-    rows = 16 if q[0].dtype == torch.float32 else 64
-    tokens = max(1, rows // (n_head // n_kv_head * N_READER))  # of one program; narrow tiles where it has few slots
-    cols = min(2048 // max(64, head_dim), triton.next_power_of_2((last - first) * tokens))
-    _launch(_slots_backward_kernel, q[0], n_kv_head, rows, cols, args, N_READER, N_READER=N_READER)
+    rows, meta = 16 if q[0].dtype == torch.float32 else 64, {"N_READER": N_READER, "num_warps": 2, "num_stages": 2}
+    _launch(_slots_backward_kernel, q[0], n_kv_head, rows, 16, args, N_READER, **meta)  # a writer has few columns
 
 
 # ------------------------------------------------------------------------------------------------- the operator
