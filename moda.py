@@ -575,18 +575,19 @@ class MoDA(nn.Module):
     flops = staticmethod(flops)
 
 
-def capture(step, *inputs):
+def capture(step, *inputs, warmup=3):
     """Record the kernels of step(*inputs) as a CUDA graph -> a function of inputs of the same shapes that replays it.
 
     Python is not asked again: where small kernels wait for it, a training step gets several times as fast. For that
     reason the step must not depend on anything but its inputs and on tensors that stay where they are; what it makes
     (its result, and gradients that it lets begin as None) is overwritten by the next replay.
+    warmup: how often to run it first, for whatever is compiled, planned or loaded at first use.
     """
     inputs = [x.clone() for x in inputs]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # whatever is compiled, planned or loaded at first use
+        for _ in range(warmup):
             step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

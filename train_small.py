@@ -403,7 +403,7 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
     micro = share // config.grad_accum
 
     def differentiate(x, y):
-        """x, y (share, T) -> the mean loss (); the gradients are in p.grad."""
+        """x, y (share, T) -> the mean loss (), the norm of the gradients (); they are in p.grad, clipped."""
         total = 0.0
         for p in model.parameters():
             p.grad = None
@@ -412,24 +412,33 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
                 loss = net(*part)[1] / config.grad_accum
             loss.backward()
             total = total + loss.detach()
-        return total
+        return total, torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
 
-    if device.type == "cuda" and WORLD == 1:  # small models on a GPU mostly wait for Python
+    updates = [optimizer.step for optimizer in optimizers]
+    graphs = device.type == "cuda" and WORLD == 1  # small models on a GPU mostly wait for Python
+    for group in optimizers[0].param_groups:  # a graph reads its learning rate by address
+        group |= {"lr": torch.tensor(config.lr, device=device) if graphs else config.lr, "capturable": False}
+    if graphs:
         differentiate = capture(differentiate, *get_batch(tokens, T, config.seed, range(share)))
-    quick = [side[:: max(1, side.numel() // config.eval_tokens)] for side in windows]
+    quick, begun = [side[:: max(1, side.numel() // config.eval_tokens)] for side in windows], step
     bar = tqdm(total=config.steps, initial=step, desc=folder.name, unit="step", disable=RANK > 0)
     with bar, interrupt_between_steps() as asked:
         while step < config.steps:
             began, lr = time.perf_counter(), config.lr_at(step)
             first = step * config.batch_size + RANK * share
-            loss = differentiate(*get_batch(tokens, T, config.seed, range(first, first + share))).item() / WORLD
-            loss, stop = all_sum([loss, float(asked[0])], device)  # summed, so that all processes stop together
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+            loss, norm = (
+                x.item() for x in differentiate(*get_batch(tokens, T, config.seed, range(first, first + share)))
+            )
+            loss, stop = all_sum([loss / WORLD, float(asked[0])], device)  # summed, so that all processes stop together
             check_finite(step + 1, {"loss": loss, "gradient norm": norm})
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr
+            for update in updates:
+                update()
+            if graphs and step == begun:  # AdamW has its state now, and can be recorded
+                for group in optimizers[0].param_groups:
+                    group["capturable"] = True
+                updates[0] = capture(updates[0], warmup=0)
             step, took = step + 1, time.perf_counter() - began
             seconds, speed = seconds + took, config.batch_size * T / took
             row = {"step": step, "loss": loss, "val_loss": None, "val_bpb": None, "lr": lr}

@@ -108,6 +108,25 @@ def whole(request, text, tmp_path_factory):
     return folder, main(arguments(folder, text, "--optimizer", request.param)), request.param
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_recorded_steps(text, tmp_path, monkeypatch, optimizer):
+    """On a GPU, steps replayed as CUDA graphs train like steps that Python takes one by one, also in two halves."""
+
+    def run(name, *more):
+        device = ["--device", "cuda", "--steps", "40", "--optimizer", optimizer]
+        return [row["loss"] for row in main(arguments(tmp_path / name, text, *device, *more))["history"]]
+
+    recorded = run("recorded")
+    with at_step(monkeypatch, 20, interrupt), pytest.raises(SystemExit, match="after step 20"):
+        run("halves")
+    halves = run("halves", "--resume")
+    monkeypatch.setattr(train_small, "capture", lambda step, *inputs, warmup=3: step)
+    plain = run("plain")
+    assert plain[-1] < plain[0] - 1
+    assert recorded == pytest.approx(plain, abs=0.02) and halves == pytest.approx(plain, abs=0.02)
+
+
 def test_the_run_folder_holds_everything(whole):
     folder, results, _ = whole
     files = {"checkpoint.pt", "tokenizer.json", "config.json", "metrics.jsonl", "result.json", "sample.txt", "loss.png"}
