@@ -457,8 +457,6 @@ def step_error(model, step, idx, targets):
 
 def bench_train(args):
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # and do not time what was not compiled
-    if args.readers:
-        kernel.readers_at_once = lambda group: args.readers
     copy_TBps, matmul_TFLOPs = ceilings()
     print(f"{machine()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
@@ -526,9 +524,8 @@ def bench_train(args):
                          f"{measured['error']:.0e}"])  # fmt: skip
             print(*rows[-1], sep=" | ", flush=True)
         shapes[name] = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
-        if not args.readers:
-            write("train", {"shapes": {name: shapes[name] for name in SHAPES if name in shapes}})
-            plot_train(shapes, path.with_suffix(".png"))
+        write("train", {"shapes": {name: shapes[name] for name in SHAPES if name in shapes}})
+        plot_train(shapes, path.with_suffix(".png"))
         del steps, step, model, plain
         torch.cuda.empty_cache()
     print()
@@ -705,10 +702,6 @@ def main():
     command = commands.add_parser("train", help="whole training steps with and without depth")
     command.add_argument("--reps", type=int, default=8, help="repetitions of each timing (default: %(default)s)")
     command.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
-    text = (
-        "an experiment, printed only: layers whose slot gradients are summed at once (1: shared buffer, 32: deferred)"
-    )
-    command.add_argument("--readers", type=int, choices=(1, 2, 4, 8, 16, 32), help=text)
     command.set_defaults(run=bench_train)
     command = commands.add_parser("generate", help="cached decoding with and without depth")
     command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")

@@ -361,18 +361,19 @@ def _forward_kernel(
     tl.store(lse_row, (m + tl.log2(acc)) * LN2, mask=in_row)
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _backward_kernel(
     do, q, depth_k, depth_v, o, lse,  # pointers
-    dq, delta, ddepth_k, ddepth_v,  # pointers to results; dq holds the sequence half already
+    dq, delta, ddepth_k, ddepth_v, reader,  # pointers to results; dq holds the sequence half already
     do_stride, q_stride, depth_k_stride, depth_v_stride, o_stride, dq_stride, ddepth_k_stride, ddepth_v_stride,
-    n_head, T_q, n_slot, scale, scale_log2,
+    n_head, T_q, n_slot, first, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the depth half, in one pass over the slots: a slot's K and V at a token are read by that token's
     own rows only, all of them in this program, so dK and dV are finished and stored as they are met, with no atomics,
-    and dq is added to the sequence half's. Without SLOTS only dq, and delta, which `_slots_backward_kernel` needs."""
+    and dq is added to the sequence half's. Without SLOTS only dq, and what `_slots_backward_kernel` needs: delta and,
+    in `reader`, where this layer's tensors are, and `first`, the number of the first slot that it read."""
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_T: tl.constexpr = BLOCK_M // GROUP
     t0 = tl.program_id(0) * BLOCK_T
@@ -422,32 +423,29 @@ def _backward_kernel(
             tl.store(dk_col[:, None] + dim[None, :], dk_tile.to(k_tile.dtype), mask=in_kv)
             tl.store(dv_col[:, None] + dim[None, :], dv_tile.to(k_tile.dtype), mask=in_kv)
 
+    if not SLOTS:  # noqa: SIM102 (the compiler decides this one)
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(reader, q.to(tl.int64))
+            tl.store(reader + 1, do.to(tl.int64))
+            tl.store(reader + 2, lse.to(tl.int64))
+            tl.store(reader + 3, delta.to(tl.int64))
+            tl.store(reader + 4, first)
     tl.store(delta + (b * n_head + head) * T_q + token, delta_tile, mask=in_row)
     tl.store(dq_row[:, None] + dim[None, :], dq_tile.to(q_tile.dtype), mask=in_tile)
 
 
-@jit
-def _pick(of, reader, N_READER: tl.constexpr):
-    """For each row, the pointer in the tuple `of` that belongs to its reader, as a whole number."""
-    picked = tl.zeros_like(reader).to(tl.int64)
-    for r in tl.static_range(N_READER):
-        picked = tl.where(reader == r, of[r].to(tl.int64), picked)
-    return picked
-
-
-@jit(do_not_specialize=["first", "last", "fresh", "out_first", "n_reader"])
+@jit(do_not_specialize=["first", "last", "sum_first", "n_reader"])
 def _slots_backward_kernel(
-    q, do, lse, delta, start,  # of the readers: tuples of N_READER pointers, and the first slot that each read
+    readers,  # pointer: for each reader a row of 8 numbers, written by `_backward_kernel`
     depth_k, depth_v, sum_k, sum_v, out_k, out_v,  # pointers
     q_stride, do_stride, slot_stride, sum_stride, out_stride,  # K and V of a kind are laid out alike
-    n_head, T, first, last, fresh, out_first, n_reader, scale, scale_log2,
+    n_head, T, first, last, sum_first, n_reader, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_READER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_READER: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """FlashAttention's dK, dV loop, along depth: gradients of the slots first..last-1, summed over the layers that
-    read them. The rows of all readers make one tile, as if they were more heads of the group, so that the slots pass
-    by once. `sum` is what earlier calls summed up, except for slots below `fresh`; slot s goes to out[s - out_first].
-    """
+    """FlashAttention's dK, dV loop, along depth: gradients of the slots first..last-1, summed over the layers that read
+    them. The rows of N_READER readers make one tile, as if they were more heads of the group. With SUMMED the sums
+    begin at what an earlier call put out: slot s at sum[s - sum_first]. Slot s goes to out[s - first]."""
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_T: tl.constexpr = BLOCK_M // (GROUP * N_READER)
     t0 = tl.program_id(0) * BLOCK_T
@@ -455,45 +453,51 @@ def _slots_backward_kernel(
     b, kv_head = (tl.program_id(1) // n_kv_head).to(tl.int64), (tl.program_id(1) % n_kv_head).to(tl.int64)
 
     row, col, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-    reader = row // (BLOCK_T * GROUP)
     token, head = (t0 + row // GROUP % BLOCK_T).to(tl.int64), kv_head * GROUP + row % GROUP
     in_dim = dim < HEAD_DIM
-    in_row = (reader < n_reader) & (token < T)
-    in_tile = in_row[:, None] & in_dim[None, :]
-    first_read = tl.zeros([BLOCK_M], tl.float32)
-    for r in tl.static_range(N_READER):
-        first_read = tl.where(reader == r, start[r], first_read)
-    q_row = _pick(q, reader, N_READER).to(q[0].dtype) + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
-    do_row = _pick(do, reader, N_READER).to(do[0].dtype) + b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
-    lse_row = _pick(lse, reader, N_READER).to(lse[0].dtype) + (b * n_head + head) * T + token
-    delta_row = _pick(delta, reader, N_READER).to(delta[0].dtype) + (b * n_head + head) * T + token
-    # a pointer made of a number has forgotten that rows start at multiples of 16 bytes: it would load them 2 by 2
-    q_row, do_row = tl.multiple_of(q_row, 16), tl.multiple_of(do_row, 16)
-    q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
-    do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
-    lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
-    delta_tile = tl.load(delta_row, mask=in_row, other=0.0)
+    q_at = b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
+    do_at = b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
+    lse_at = (b * n_head + head) * T + token
 
     for begin in range(first * BLOCK_T, last * BLOCK_T, BLOCK_N):
         slot, source = ((begin + col) // BLOCK_T).to(tl.int64), (t0 + (begin + col) % BLOCK_T).to(tl.int64)
         in_kv = ((slot < last) & (source < T))[:, None] & in_dim[None, :]
         kv_at = slot * slot_stride[0] + b * slot_stride[1] + kv_head * slot_stride[2] + source * slot_stride[3]
-        sum_at = slot * sum_stride[0] + b * sum_stride[1] + kv_head * sum_stride[2] + source * sum_stride[3]
         k_tile = tl.load(depth_k + kv_at[:, None] + dim[None, :], mask=in_kv, other=0.0)  # (BLOCK_N, D)
         v_tile = tl.load(depth_v + kv_at[:, None] + dim[None, :], mask=in_kv, other=0.0)
-        summed = in_kv & (slot >= fresh)[:, None]
-        dk_tile = tl.load(sum_k + sum_at[:, None] + dim[None, :], mask=summed, other=0.0)
-        dv_tile = tl.load(sum_v + sum_at[:, None] + dim[None, :], mask=summed, other=0.0)
-        z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
-        read = (slot[None, :] >= first_read[:, None]) & (token[:, None] == source[None, :]) & in_row[:, None]
-        p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-        dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
-        dk_tile = tl.dot(tl.trans(dz), q_tile, dk_tile, input_precision="ieee")
-        dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision="ieee")
-        out_at = (
-            (slot - out_first) * out_stride[0] + b * out_stride[1] + kv_head * out_stride[2] + source * out_stride[3]
-        )
+        if SUMMED:
+            sum_slot = (slot - sum_first) * sum_stride[0]
+            sum_at = sum_slot + b * sum_stride[1] + kv_head * sum_stride[2] + source * sum_stride[3]
+            dk_tile = tl.load(sum_k + sum_at[:, None] + dim[None, :], mask=in_kv, other=0.0)
+            dv_tile = tl.load(sum_v + sum_at[:, None] + dim[None, :], mask=in_kv, other=0.0)
+        else:
+            dk_tile = tl.zeros([BLOCK_N, D], tl.float32)
+            dv_tile = tl.zeros([BLOCK_N, D], tl.float32)
+        for chunk in range(0, n_reader, N_READER):
+            number = chunk + row // (BLOCK_T * GROUP)
+            in_row = (row < N_READER * BLOCK_T * GROUP) & (number < n_reader) & (token < T)
+            in_tile = in_row[:, None] & in_dim[None, :]
+            reader = readers + number * 8
+            q_row = tl.load(reader, mask=in_row, other=0).to(depth_k.dtype) + q_at
+            do_row = tl.load(reader + 1, mask=in_row, other=0).to(depth_k.dtype) + do_at
+            lse_row = tl.load(reader + 2, mask=in_row, other=0).to(sum_k.dtype) + lse_at
+            delta_row = tl.load(reader + 3, mask=in_row, other=0).to(sum_k.dtype) + lse_at
+            first_read = tl.load(reader + 4, mask=in_row, other=0)
+            # a pointer made of a number has forgotten that rows start at multiples of 16 bytes, and loads 2 by 2
+            q_row, do_row = tl.multiple_of(q_row, 16), tl.multiple_of(do_row, 16)
+            q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
+            do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
+            lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
+            delta_tile = tl.load(delta_row, mask=in_row, other=0.0)
+            z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+            read = (slot[None, :] >= first_read[:, None]) & (token[:, None] == source[None, :]) & in_row[:, None]
+            p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+            dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
+            dk_tile = tl.dot(tl.trans(dz), q_tile, dk_tile, input_precision="ieee")
+            dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision="ieee")
+        out_slot = (slot - first) * out_stride[0]
+        out_at = out_slot + b * out_stride[1] + kv_head * out_stride[2] + source * out_stride[3]
         tl.store(out_k + out_at[:, None] + dim[None, :], dk_tile.to(out_k.dtype.element_ty), mask=in_kv)
         tl.store(out_v + out_at[:, None] + dim[None, :], dv_tile.to(out_v.dtype.element_ty), mask=in_kv)
 
@@ -542,50 +546,50 @@ def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
     return o, lse
 
 
-def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, slots=True):
-    """Adds the depth part to dq in place; returns (ddepth_k, ddepth_v), or without `slots` delta (B, n_head, T_q)."""
+def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, reader=None, first=0):
+    """Adds the depth part to dq in place; returns (ddepth_k, ddepth_v). Or, given a row `reader` for `slots_backward`
+    to find, and the number of the first slot: fills it, leaves those to it and returns delta (B, n_head, T_q)."""
     ddepth_k = ddepth_v = dq  # not used
-    if slots:
+    if reader is None:
         ddepth_k, ddepth_v = _readable(torch.empty_like(depth_k), torch.empty_like(depth_v))
     delta = torch.empty_like(lse)
     n_slot, _, n_kv_head = depth_k.shape[:3]
     n_head, T_q = q.shape[1:3]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, ddepth_k, ddepth_v)]
-    args = (do, q, depth_k, depth_v, o, lse, dq, delta, ddepth_k, ddepth_v, *strides, n_head, T_q, n_slot, scale)
+    args = (do, q, depth_k, depth_v, o, lse, dq, delta, ddepth_k, ddepth_v, delta if reader is None else reader)
+    args += (*strides, n_head, T_q, n_slot, first, scale, scale / math.log(2))
     cols, num_warps = (64, 4) if n_head // n_kv_head <= 8 else (32, 2)  # wider is slower with 16 heads and more
-    meta = {"SLOTS": slots, "num_warps": num_warps}
-    _launch(_backward_kernel, q, n_kv_head, rows, cols, (*args, scale / math.log(2)), **meta)
-    return (ddepth_k, ddepth_v) if slots else delta
+    _launch(_backward_kernel, q, n_kv_head, rows, cols, args, SLOTS=reader is None, num_warps=num_warps)
+    return (ddepth_k, ddepth_v) if reader is None else delta
 
 
-def readers_at_once(group):
-    """For how many readers `slots_backward` is at its best. Each pass over the slots reads and writes float32 sums, and
-    each reader that waits for the next pass is read again by every writer: 32 rows a token balance the two."""
-    return min(16, max(4, 32 // triton.next_power_of_2(group)))
+def slots_backward(readers, table, depth_k, depth_v, first, last, dtype, sums, sum_first, scale):
+    """-> dk, dv (last - first, B, n_kv_head, T, head_dim) of the slots first..last-1, summed over their readers.
 
-
-def slots_backward(readers, depth_k, depth_v, sums, out, first, last, fresh, out_first, scale):
-    """Gradients of the slots first..last-1, summed over the layers that read them, from what each of them kept.
-
-    readers: some (q, do, lse, delta, start), q, do (B, n_head, T, head_dim), lse, delta (B, n_head, T), of layers that
-    read the slots from `start` to at least last-1, all laid out alike. depth_k, depth_v (n_slot, B, n_kv_head, T,
-    head_dim); sums: two such in float32, what earlier calls summed up, not read for slots below `fresh`, or None; out:
-    two such, written at [s - out_first] for slot s.
+    readers: (q, do, lse, delta, start) of each, deepest first, q, do (B, n_head, T, head_dim), lse, delta (B, n_head,
+    T), of layers that read the slots from `start` to at least last-1, all laid out alike; table (n_reader, 8): the
+    rows that `_depth_backward_triton` filled for them. depth_k, depth_v (n_slot, B, n_kv_head, T, head_dim). sums: two
+    in float32, of the slots from `sum_first` on, to begin with, or None.
     """
     if not readers:  # all of them are in sums
-        for x, total in zip(out, sums, strict=True):
-            x.copy_(total[first:last])
-        return
-    N_READER = triton.next_power_of_2(len(readers))  # one program for each power of two
-    q, do, lse, delta, start = zip(*(readers + readers[-1:] * N_READER)[:N_READER], strict=True)
-    start = tuple(map(float, start))  # whole numbers in a tuple are always specialised on
-    strides = [x.stride()[:-1] for x in (q[0], do[0], depth_k, depth_k if sums is None else sums[0], out[0])]
-    sums = lse[:1] * 2 if sums is None else sums  # to point anywhere, in float32
-    n_head, T, n_kv_head = *q[0].shape[1:3], depth_k.shape[2]
-    args = (q, do, lse, delta, start, depth_k, depth_v, *sums, *out, *strides)
-    args += (n_head, T, first, last, fresh, out_first, len(readers), scale, scale / math.log(2))
-    rows, meta = 16 if q[0].dtype == torch.float32 else 64, {"N_READER": N_READER, "num_warps": 2, "num_stages": 2}
-    _launch(_slots_backward_kernel, q[0], n_kv_head, rows, 16, args, N_READER, **meta)  # a writer has few columns
+        return [x[first - sum_first : last - sum_first].to(dtype) for x in sums]
+    n_slot, unread = last - first, sum(start >= last for *_, start in readers)  # their windows have moved on
+    readers, table = readers[unread:], table[unread:]
+    q, do, lse = readers[0][:3]
+    n_head, T, n_kv_head = *q.shape[1:3], depth_k.shape[2]
+    out = [x.new_empty(n_slot, *x.shape[1:], dtype=dtype) for x in (depth_k, depth_v)]
+    group, rows = triton.next_power_of_2(n_head // n_kv_head), 16 if q.dtype == torch.float32 else 64
+    n_reader = min(triton.next_power_of_2(len(readers)), max(1, rows // group))
+    if n_slot <= 2:  # so few columns, too
+        rows = max(16, min(rows, 8 * group * n_reader))
+    sum_k, sum_v = (lse, lse) if sums is None else sums  # to point anywhere, in float32
+    strides = [x.stride()[:-1] for x in (q, do, depth_k, depth_k if sums is None else sum_k, out[0])]
+    args = (table, depth_k, depth_v, sum_k, sum_v, *out, *strides)
+    args += (n_head, T, first, last, sum_first, len(readers), scale, scale / math.log(2))
+    cols, num_warps = (16, 2) if n_slot <= 2 else (32, 4)
+    meta = {"N_READER": n_reader, "SUMMED": sums is not None, "num_warps": num_warps, "num_stages": 1}
+    _launch(_slots_backward_kernel, q, n_kv_head, rows, cols, args, n_reader, **meta)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------- the operator

@@ -165,12 +165,13 @@ class DepthStream:
 
 class FastDepthStream(DepthStream):
     """The same, for the Triton kernels: slots lie in one buffer, are read in place as a range of it, and their
-    gradients are summed over the readers by `kernel.slots_backward`, in float32, several readers at a time.
+    gradients are summed over the readers by `kernel.slots_backward`, in float32.
 
-    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here. When enough of them have gathered,
-    one pass over the slots below adds their share to `sums`; when the backward reaches the layer that wrote a slot, all
-    its readers have been there, and one last pass gives the slot's gradient. That order is kept in the graph by a
-    token, a number on the CPU that each operation takes and passes on.
+    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here. When the backward reaches the layer
+    that wrote a slot, all its readers have been there, and the slot's gradient is summed up over them. So that not
+    every slot has to look at all of them, this goes in blocks of layers: what the readers above a block add is summed
+    up for all its slots at once, and each slot then adds only the readers within its block. The order is kept in the
+    graph by a token, a number on the CPU that each operation takes and passes on.
     """
 
     def __init__(self, config, impl=None):
@@ -200,13 +201,16 @@ class FastDepthStream(DepthStream):
 class _Slots:
     """Buffers (n_slot, B, n_kv_head, T, head_dim) of a FastDepthStream, and what its backward has gathered so far."""
 
+    BLOCK = 8  # layers; at 24 and 48 layers, with groups from 1 to 4, no other number moves much fewer bytes
+
     def __init__(self, n_slot, per_layer):
         self.n_slot, self.per_layer, self.k, self.v = n_slot, per_layer, None, None
         self.begin_backward()
 
     def begin_backward(self):
         """Forget what an earlier backward, finished or broken off, has left."""
-        self.readers, self.sums, self.fresh, self.done = [], None, self.n_slot, {}
+        self.readers, self.table, self.done = [], None, {}
+        self.n_summed, self.sums, self.sum_first = 0, None, 0  # readers above the block, what they add to its slots
 
     def write(self, slot, k, v):
         if self.k is None:
@@ -220,27 +224,29 @@ class _Slots:
         """-> o (B, n_head, T, head_dim), lse (B, n_head, T)."""
         return kernel.attention_forward(q, k, v, *self.read(start, stop), True, q.shape[-1] ** -0.5, "triton")
 
-    def backward(self, out, first, last):
-        """Sum up the gradients of the slots first..last-1 over the readers that wait, and over `sums`, into out."""
-        args = (self.k, self.v, self.sums, out, first, last, self.fresh, 0 if out is self.sums else first)
-        kernel.slots_backward(self.readers, *args, self.k.shape[-1] ** -0.5)
+    def reader(self, do, q, o, lse, dq, start, stop):
+        """A layer's attention is being differentiated: add the depth part to dq."""
+        if self.table is None:
+            self.table = torch.empty(self.n_slot // self.per_layer, 8, dtype=torch.int64, device=q.device)
+        args = (do, q, *self.read(start, stop), o, lse, q.shape[-1] ** -0.5, dq)
+        delta = kernel._depth_backward_triton(*args, reader=self.table[len(self.readers)], first=start)
+        self.readers.append((q.detach(), do, lse, delta, start))
 
-    def reader(self, q, do, lse, delta, start, stop):
-        """A layer's attention has been differentiated."""
-        self.readers.append((q, do, lse, delta, start))
-        if len(self.readers) == kernel.readers_at_once(q.shape[1] // self.k.shape[2]):
-            if self.sums is None:
-                self.sums = [torch.empty_like(x[:stop], dtype=torch.float32) for x in (self.k, self.v)]
-            self.backward(self.sums, start, stop)  # the deeper readers saw nothing older; from `stop` on all is done
-            self.fresh, self.readers = start, []
+    def sum_readers(self, since, first, last, dtype, sums=None, sum_first=0):
+        args = (self.readers[since:], self.table[since:], self.k, self.v, first, last, dtype, sums, sum_first)
+        return kernel.slots_backward(*args, self.k.shape[-1] ** -0.5)
 
     def writer(self, slot):
         """-> dk, dv of a slot whose readers have all been differentiated."""
         if slot not in self.done:  # all slots of its layer at once: they have the same readers
-            first = slot - slot % self.per_layer
-            out = [x.new_empty(slot + 1 - first, *x.shape[1:]) for x in (self.k, self.v)]
-            self.backward(out, first, slot + 1)
-            self.done = {first + i: grads for i, grads in enumerate(zip(*out, strict=True))}
+            first, last = slot - slot % self.per_layer, slot + 1
+            if len(self.readers) - self.n_summed >= self.BLOCK:
+                self.n_summed, self.sum_first = len(self.readers), max(0, last - self.BLOCK * self.per_layer)
+                self.sums = self.sum_readers(0, self.sum_first, last, torch.float32)
+            grads = self.sum_readers(self.n_summed, first, last, self.k.dtype, self.sums, self.sum_first)
+            self.done = {first + i: pair for i, pair in enumerate(zip(*grads, strict=True))}
+            if first == 0:  # nothing will be asked for any more
+                self.readers, self.sums = [], None
         return self.done[slot]
 
 
@@ -273,12 +279,10 @@ class _Attend(torch.autograd.Function):
         if dtoken is None:  # nothing later was read: this backward starts here
             ctx.slots.begin_backward()
             dtoken = torch.zeros(())
-        do, scale = kernel._laid_out(do, q), q.shape[-1] ** -0.5
-        dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, scale)
+        do = kernel._laid_out(do, q)
+        dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, q.shape[-1] ** -0.5)
         if ctx.stop > ctx.start:
-            depth = ctx.slots.read(ctx.start, ctx.stop)
-            delta = kernel._depth_backward_triton(do, q, *depth, o, lse, scale, dq, slots=False)
-            ctx.slots.reader(q.detach(), do, lse, delta, ctx.start, ctx.stop)
+            ctx.slots.reader(do, q, o, lse, dq, ctx.start, ctx.stop)
         return dq, dk, dv, dtoken, None, None, None
 
 

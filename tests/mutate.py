@@ -47,12 +47,11 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("kernel.py", "            tl.store(dv_col[:, None] + dim[None, :], dv_tile", "            tl.store(dv_col[:, None] + dim[None, :], dk_tile"),
     ("kernel.py", "    tl.store(delta + (b * n_head + head) * T_q + token, delta_tile, mask=in_row)", "    pass"),
     # the gradients of the slots, summed over readers
-    ("kernel.py", "summed = in_kv & (slot >= fresh)[:, None]", "summed = in_kv & (slot > fresh)[:, None]"),
     ("kernel.py", "(slot[None, :] >= first_read[:, None])", "(slot[None, :] > first_read[:, None])"),
-    ("kernel.py", "in_row = (reader < n_reader) & (token < T)", "in_row = (reader <= n_reader) & (token < T)"),
-    ("kernel.py", "(slot - out_first) * out_stride[0]", "slot * out_stride[0]"),
-    ("kernel.py", "            x.copy_(total[first:last])", "            x.copy_(total[first : last] * 0)"),
-    ("kernel.py", "picked = tl.where(reader == r,", "picked = tl.where(reader >= r + 1,"),
+    ("kernel.py", "number = chunk + row // (BLOCK_T * GROUP)", "number = row // (BLOCK_T * GROUP)"),
+    ("kernel.py", "(slot - sum_first) * sum_stride[0]", "(slot - first) * sum_stride[0]"),
+    ("kernel.py", "[x[first - sum_first : last - sum_first].to(dtype) for x in sums]", "[x[: last - first].to(dtype) for x in sums]"),
+    ("kernel.py", "readers, table = readers[unread:], table[unread:]", "readers, table = readers[unread:], table"),
     # the model
     ("moda.py", "        stop = layer * len(self.kinds)\n", "        stop = max(0, layer - 1) * len(self.kinds)\n"),
     ("moda.py", "max(0, stop - self.depth_window)", "max(0, stop - self.depth_window - 1)"),
@@ -76,20 +75,21 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "n_extra * 2 * c.n_embd * kv_dim", "n_extra * c.n_embd * kv_dim"),
     ("moda.py", "        if torch.is_grad_enabled() and not all(self.with_grad[slot]", "        if False and not all(self.with_grad[slot]"),
     # the fast depth stream
-    ("moda.py", "            self.fresh, self.readers = start, []", "            self.readers = []"),
-    ("moda.py", "            self.backward(self.sums, start, stop)", "            self.backward(self.sums, start + 1, stop)"),
+    ("moda.py", "self.sum_readers(0, self.sum_first, last, torch.float32)", "self.sum_readers(1, self.sum_first, last, torch.float32)"),
+    ("moda.py", "max(0, last - self.BLOCK * self.per_layer)", "max(0, last - self.BLOCK)"),
+    ("moda.py", "self.k.dtype, self.sums, self.sum_first)", "self.k.dtype, None, self.sum_first)"),
+    ("moda.py", "self.k.dtype, self.sums, self.sum_first)", "self.k.dtype, self.sums, first)"),
     ("moda.py", "            ctx.slots.begin_backward()\n", ""),
-    ("moda.py", "self.readers, self.sums, self.fresh, self.done = [], None, self.n_slot, {}", "self.readers, self.sums, self.fresh, self.done = [], None, 0, {}"),
-    ("moda.py", "            ctx.slots.reader(q.detach(), do, lse, delta, ctx.start, ctx.stop)", "            ctx.slots.reader(q.detach(), do, lse, delta, ctx.start + 1, ctx.stop)"),
+    ("moda.py", "reader=self.table[len(self.readers)], first=start)", "reader=self.table[len(self.readers)], first=start + 1)"),
     ("moda.py", "        o, self.token = _Attend.apply(", "        o, _ = _Attend.apply("),
     ("moda.py", "            self.token = _Write.apply(", "            _Write.apply("),
-    ("moda.py", "            first = slot - slot % self.per_layer\n", "            first = slot\n"),
+    ("moda.py", "first, last = slot - slot % self.per_layer, slot + 1", "first, last = slot, slot + 1"),
     ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def read", "        self.k[slot], self.v[slot] = k, k\n\n    def read"),
     ("moda.py", "        stream.token = torch.zeros(())  # whoever", "        # whoever"),
 ]  # fmt: skip
 EQUIVALENT = {
     "    if not causal:": "a single query with a prefix and a square of one key: two calls, the same numbers",
-    "            first = slot\n": "a layer's slots one by one, not two at once: slower, the same numbers",
+    "first, last = slot, slot + 1": "a layer's slots one by one, not two at once: slower, the same numbers",
 }
 
 

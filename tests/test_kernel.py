@@ -588,12 +588,13 @@ from triton.compiler import ASTSource
 FLOAT32 = {"lse", "delta", "sum_k", "sum_v"}
 POINTERS = FLOAT32 | set("q k v o do dq depth_k depth_v ddepth_k ddepth_v out_k out_v".split())
 
-def kind(name, dtype, n_reader):
+def kind(name, dtype):
     if name.endswith("_stride"):
         return ("i32",) * (4 if name.split("_")[0] in ("depth", "ddepth", "slot", "sum", "out") else 3)
-    number = "fp32" if name in ("start", "scale", "scale_log2") else "i32"
-    one = "*fp32" if name in FLOAT32 else "*" + dtype if name in POINTERS else number
-    return (one,) * n_reader if n_reader and name in ("q", "do", "lse", "delta", "start") else one
+    if name in ("reader", "readers"):
+        return "*i64"
+    number = "fp32" if name in ("scale", "scale_log2") else "i32"
+    return "*fp32" if name in FLOAT32 else "*" + dtype if name in POINTERS else number
 
 for dtype, rows in (("bf16", 64), ("fp32", 16)):
     common = {"HEAD_DIM": 48, "D": 64, "BLOCK_N": 32}
@@ -604,12 +605,11 @@ for dtype, rows in (("bf16", 64), ("fp32", 16)):
             (kernel._forward_kernel, {"BLOCK_M": rows, "CAUSAL": False, "CONTINUE": False}),
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": True}),
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": False}),
-            (kernel._slots_backward_kernel, {"BLOCK_M": max(rows, group), "N_READER": 1}),
-            (kernel._slots_backward_kernel, {"BLOCK_M": max(rows, 64), "N_READER": 8}),
+            (kernel._slots_backward_kernel, {"BLOCK_M": rows, "N_READER": 1, "SUMMED": False}),
+            (kernel._slots_backward_kernel, {"BLOCK_M": 64, "N_READER": 8, "SUMMED": True}),
         ):
             constants = common | options | {"GROUP": group}
-            n_reader = options.get("N_READER", 0)
-            signature = {n: "constexpr" if n in constants else kind(n, dtype, n_reader) for n in fn.arg_names}
+            signature = {n: "constexpr" if n in constants else kind(n, dtype) for n in fn.arg_names}
             constexprs = {(fn.arg_names.index(n),): value for n, value in constants.items()}
             source = ASTSource(fn=fn, signature=signature, constexprs=constexprs)
             triton.compile(source, target=GPUTarget("cuda", 90, 32))

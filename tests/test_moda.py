@@ -719,13 +719,19 @@ def test_other_errors():
 #
 # In Triton's interpreter on the CPU, or compiled on a GPU, against the plain stream of the portable path.
 
-DEEP = {"n_layer": 7, "n_head": 8, "n_kv_head": 1, "n_embd": 64}  # 6 readers gather in fours: a full pass, and a rest
+DEEP = {
+    "n_layer": 7,
+    "n_head": 8,
+    "n_kv_head": 1,
+    "n_embd": 64,
+}  # in blocks of 4 layers (below): a full one, and a rest
 FAST_VARIANTS = [
     DEEP,
     DEEP | ROWS[3],
     DEEP | ROWS[5],
     DEEP | {"depth_window": 1},
     DEEP | {"depth_window": 3},
+    DEEP | {"depth_window": 9},
     DEEP | {"norm": "pre", "depth_rope": False},
     {"n_layer": 2},
     {"n_layer": 12},
@@ -733,6 +739,12 @@ FAST_VARIANTS = [
     {"n_layer": 18, "n_head": 2, "n_kv_head": 2, "n_embd": 16},
 ]
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """So that models of few layers have slots of more than one block."""
+    monkeypatch.setattr(moda._Slots, "BLOCK", 4)
 
 
 TIGHT = 1e-5  # float32 rounds to 6e-8; with weights as they are initialised a deep model amplifies that tenfold
@@ -760,13 +772,15 @@ def worst(got, want):
     "ignore:.*encountered in matmul:RuntimeWarning"
 )  # in slots that nobody reads, never written
 @pytest.mark.parametrize("variant", FAST_VARIANTS, ids=name_of)
-def test_fast_stream_gradients(variant, device):
+def test_fast_stream_gradients(variant, device, request):
+    if variant.get("n_layer", 0) < 8:
+        request.getfixturevalue("small_blocks")
     model, plain, idx, targets = fast_and_plain(device, **variant)
     assert worst(gradients(model, idx, targets), gradients(plain, idx, targets)) <= TIGHT
 
 
 @on_each_device
-def test_fast_stream_under_autograd(device):
+def test_fast_stream_under_autograd(device, small_blocks):
     """Accumulation, several graphs at once, one used twice, one that broke off, one that starts in the middle."""
     model, plain, idx, targets = fast_and_plain(device, **DEEP)
     want = gradients(plain, idx, targets)
