@@ -162,6 +162,19 @@ def spread(values):
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
+def best_runs(lines):
+    """Lines of results/quality.jsonl -> {(n_layer, norm, epochs): {row: its lines}}, each row at the best of the
+    learning rates and warmups that were tried for it, judged by its first seed."""
+    settings, best = {}, {}
+    for line in lines:
+        tried = settings.setdefault((line["n_layer"], line["norm"], line["epochs"], line["row"]), {})
+        tried.setdefault((line["lr"], line["warmup"]), []).append(line)
+    for (*group, row), tried in settings.items():
+        runs = min(tried.values(), key=lambda runs: min((line["seed"], line["val_loss"]) for line in runs))
+        best.setdefault(tuple(group), {})[row] = sorted(runs, key=lambda line: line["seed"])
+    return best
+
+
 def differences(rows, row):
     """Of the runs of one row: loss minus that of the plain model with the same seed, where there is one."""
     plain = {line["seed"]: line["val_loss"] for line in rows.get("plain", [])}
@@ -173,20 +186,7 @@ def paper_difference(n_layer, norm, row):
     return paper[row] - paper["plain"] if row in paper and row != "plain" else None
 
 
-COLUMNS = [
-    "row",
-    "",
-    "lr",
-    "parameters",
-    "seeds",
-    "nats/token",
-    "bits/byte",
-    "training loss",
-    "difference",
-    "paper",
-    "depth",
-    "tokens/s",
-]
+COLUMNS = "row||lr|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth|tokens/s"
 
 
 def report():
@@ -194,24 +194,19 @@ def report():
     lines = finished()
     if not lines:
         raise SystemExit(f"error: there is nothing in {RESULTS} yet")
-    groups, settings = {}, {}  # {(n_layer, norm, epochs): {row: runs}}, and {that and row: {(lr, warmup): runs}}
-    for line in lines:
-        tried = settings.setdefault((line["n_layer"], line["norm"], line["epochs"], line["row"]), {})
-        tried.setdefault((line["lr"], line["warmup"]), []).append(line)
-    for (*group, row), tried in settings.items():  # the best setting counts, judged by one and the same seed
-        runs = min(tried.values(), key=lambda runs: min((line["seed"], line["val_loss"]) for line in runs))
-        groups.setdefault(tuple(group), {})[row] = runs
+    groups = best_runs(lines)
     text = [
         """# Quality: does depth KV lower the loss?
 
 Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
 whole validation text; mean ± standard deviation over seeds. Each row at the best of the learning rates that were tried
 for it (all runs are below). The difference is to the plain model of the same seed, and beside it that of the paper's
-Table 6, on other data and many more tokens. Depth: the share of attention that slots get, averaged over layers."""
+Table 6, on other data and many more tokens. Depth: the share of attention that slots get, averaged over layers.
+Tokens/s: of the fastest run; most of them shared the card."""
     ]
     for (n_layer, norm, epochs), rows in sorted(groups.items(), key=str):
         text += [f"\n## {n_layer} layers, {norm}-norm, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
-        text += [f"| {' | '.join(COLUMNS)} |", "|---|---|" + "--:|" * (len(COLUMNS) - 2)]
+        text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
             runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row)
             cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", str(len(runs))]
