@@ -436,7 +436,7 @@ def _backward_kernel(
 
 @jit(do_not_specialize=["first", "last", "sum_first", "n_reader"])
 def _slots_backward_kernel(
-    readers,  # pointer: for each reader a row of 8 numbers, written by `_backward_kernel`
+    table,  # pointer: for each reader a row of 8 numbers, written by `_backward_kernel`
     depth_k, depth_v, sum_k, sum_v, out_k, out_v,  # pointers
     q_stride, do_stride, slot_stride, sum_stride, out_stride,  # K and V of a kind are laid out alike
     n_head, T, first, last, sum_first, n_reader, scale, scale_log2,
@@ -477,7 +477,7 @@ def _slots_backward_kernel(
             number = chunk + row // (BLOCK_T * GROUP)
             in_row = (row < N_READER * BLOCK_T * GROUP) & (number < n_reader) & (token < T)
             in_tile = in_row[:, None] & in_dim[None, :]
-            reader = readers + number * 8
+            reader = table + number * 8
             q_row = tl.load(reader, mask=in_row, other=0).to(depth_k.dtype) + q_at
             do_row = tl.load(reader + 1, mask=in_row, other=0).to(depth_k.dtype) + do_at
             lse_row = tl.load(reader + 2, mask=in_row, other=0).to(sum_k.dtype) + lse_at
@@ -549,7 +549,7 @@ def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
 def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, reader=None, first=0):
     """Adds the depth part to dq in place; returns (ddepth_k, ddepth_v). Or, given a row `reader` for `slots_backward`
     to find, and the number of the first slot: fills it, leaves those to it and returns delta (B, n_head, T_q)."""
-    ddepth_k = ddepth_v = dq  # not used
+    ddepth_k = ddepth_v = dq  # to point anywhere
     if reader is None:
         ddepth_k, ddepth_v = _readable(torch.empty_like(depth_k), torch.empty_like(depth_v))
     delta = torch.empty_like(lse)
@@ -567,9 +567,9 @@ def slots_backward(readers, table, depth_k, depth_v, first, last, dtype, sums, s
     """-> dk, dv (last - first, B, n_kv_head, T, head_dim) of the slots first..last-1, summed over their readers.
 
     readers: (q, do, lse, delta, start) of each, deepest first, q, do (B, n_head, T, head_dim), lse, delta (B, n_head,
-    T), of layers that read the slots from `start` to at least last-1, all laid out alike; table (n_reader, 8): the
-    rows that `_depth_backward_triton` filled for them. depth_k, depth_v (n_slot, B, n_kv_head, T, head_dim). sums: two
-    in float32, of the slots from `sum_first` on, to begin with, or None.
+    T), of layers that read the slots from `start` to at least last-1, all laid out alike, rows at multiples of 16
+    bytes; table (n_reader, 8): the rows that `_depth_backward_triton` filled for them. depth_k, depth_v (n_slot, B,
+    n_kv_head, T, head_dim). sums: two in float32, of the slots from `sum_first` on, to begin with, or None.
     """
     if not readers:  # all of them are in sums
         return [x[first - sum_first : last - sum_first].to(dtype) for x in sums]
@@ -580,7 +580,7 @@ def slots_backward(readers, table, depth_k, depth_v, first, last, dtype, sums, s
     out = [x.new_empty(n_slot, *x.shape[1:], dtype=dtype) for x in (depth_k, depth_v)]
     group, rows = triton.next_power_of_2(n_head // n_kv_head), 16 if q.dtype == torch.float32 else 64
     n_reader = min(triton.next_power_of_2(len(readers)), max(1, rows // group))
-    if n_slot <= 2:  # so few columns, too
+    if n_slot <= 2:  # then about 8 tokens, so that one tile of 16 columns holds all
         rows = max(16, min(rows, 8 * group * n_reader))
     sum_k, sum_v = (lse, lse) if sums is None else sums  # to point anywhere, in float32
     strides = [x.stride()[:-1] for x in (q, do, depth_k, depth_k if sums is None else sum_k, out[0])]

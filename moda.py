@@ -167,22 +167,23 @@ class FastDepthStream(DepthStream):
     """The same, for the Triton kernels: slots lie in one buffer, are read in place as a range of it, and their
     gradients are summed over the readers by `kernel.slots_backward`, in float32.
 
-    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here. When the backward reaches the layer
+    In the backward, a reader computes its dq and leaves (q, do, lse, delta) here, and their addresses in a table on the
+    GPU, so that one kernel can go through any number of readers. When the backward reaches the layer
     that wrote a slot, all its readers have been there, and the slot's gradient is summed up over them. So that not
     every slot has to look at all of them, this goes in blocks of layers: what the readers above a block add is summed
     up for all its slots at once, and each slot then adds only the readers within its block. The order is kept in the
-    graph by a token, a number on the CPU that each operation takes and passes on.
+    graph by `order`, a number on the CPU that each operation takes and passes on.
     """
 
     def __init__(self, config, impl=None):
         super().__init__(config, impl)
-        self.token = torch.zeros((), requires_grad=True)
+        self.order = torch.zeros((), requires_grad=True)
         self.slots = _Slots(self.n_slot, len(config.kinds))  # apart, so that the graph does not hold on to itself
 
     def write(self, slot, k, v):
         self.with_grad[slot] = torch.is_grad_enabled()
         if self.with_grad[slot]:
-            self.token = _Write.apply(k, v, self.token, self.slots, slot)
+            self.order = _Write.apply(k, v, self.order, self.slots, slot)
         else:
             self.slots.write(slot, k, v)
 
@@ -194,7 +195,7 @@ class FastDepthStream(DepthStream):
         self.check_gradients(start, stop)
         if not torch.is_grad_enabled():
             return self.slots.attend(q, k, v, start, stop)[0]
-        o, self.token = _Attend.apply(q, k, v, self.token, self.slots, start, stop)
+        o, self.order = _Attend.apply(q, k, v, self.order, self.slots, start, stop)
         return o
 
 
@@ -210,7 +211,8 @@ class _Slots:
     def begin_backward(self):
         """Forget what an earlier backward, finished or broken off, has left."""
         self.readers, self.table, self.done = [], None, {}
-        self.n_summed, self.sums, self.sum_first = 0, None, 0  # readers above the block, what they add to its slots
+        # how many readers lie above the block, what they add to its slots (dk, dv), the first of these slots
+        self.n_summed, self.sums, self.sum_first = 0, None, 0
 
     def write(self, slot, k, v):
         if self.k is None:
@@ -224,8 +226,9 @@ class _Slots:
         """-> o (B, n_head, T, head_dim), lse (B, n_head, T)."""
         return kernel.attention_forward(q, k, v, *self.read(start, stop), True, q.shape[-1] ** -0.5, "triton")
 
-    def reader(self, do, q, o, lse, dq, start, stop):
-        """A layer's attention is being differentiated: add the depth part to dq."""
+    def add_reader(self, do, q, o, lse, dq, start, stop):
+        """A layer's attention is being differentiated: add the depth part to dq, and keep what the slots need of it.
+        Rows of q and do start at multiples of 16 bytes, as `MoDA._stream` makes sure (head_dim % 8)."""
         if self.table is None:
             self.table = torch.empty(self.n_slot // self.per_layer, 8, dtype=torch.int64, device=q.device)
         args = (do, q, *self.read(start, stop), o, lse, q.shape[-1] ** -0.5, dq)
@@ -236,11 +239,12 @@ class _Slots:
         args = (self.readers[since:], self.table[since:], self.k, self.v, first, last, dtype, sums, sum_first)
         return kernel.slots_backward(*args, self.k.shape[-1] ** -0.5)
 
-    def writer(self, slot):
+    def gradients(self, slot):
         """-> dk, dv of a slot whose readers have all been differentiated."""
         if slot not in self.done:  # all slots of its layer at once: they have the same readers
             first, last = slot - slot % self.per_layer, slot + 1
             if len(self.readers) - self.n_summed >= self.BLOCK:
+                self.sums = None  # and its memory
                 self.n_summed, self.sum_first = len(self.readers), max(0, last - self.BLOCK * self.per_layer)
                 self.sums = self.sum_readers(0, self.sum_first, last, torch.float32)
             grads = self.sum_readers(self.n_summed, first, last, self.k.dtype, self.sums, self.sum_first)
@@ -252,38 +256,38 @@ class _Slots:
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k, v, token, slots, slot):
+    def forward(ctx, k, v, order, slots, slot):
         slots.write(slot, k, v)
         ctx.slots, ctx.slot = slots, slot
-        return token.clone()
+        return order.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dtoken):
-        return *ctx.slots.writer(ctx.slot), dtoken, None, None
+    def backward(ctx, dorder):
+        return *ctx.slots.gradients(ctx.slot), dorder, None, None
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, token, slots, start, stop):
+    def forward(ctx, q, k, v, order, slots, start, stop):
         o, lse = slots.attend(q, k, v, start, stop)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.slots, ctx.start, ctx.stop = slots, start, stop
         ctx.set_materialize_grads(False)
-        return o, token.clone()
+        return o, order.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dtoken):
+    def backward(ctx, do, dorder):
         q, k, v, o, lse = ctx.saved_tensors
-        if dtoken is None:  # nothing later was read: this backward starts here
+        if dorder is None:  # nothing later was read: this backward starts here
             ctx.slots.begin_backward()
-            dtoken = torch.zeros(())
+            dorder = torch.zeros(())
         do = kernel._laid_out(do, q)
         dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, q.shape[-1] ** -0.5)
         if ctx.stop > ctx.start:
-            ctx.slots.reader(do, q, o, lse, dq, ctx.start, ctx.stop)
-        return dq, dk, dv, dtoken, None, None, None
+            ctx.slots.add_reader(do, q, o, lse, dq, ctx.start, ctx.stop)
+        return dq, dk, dv, dorder, None, None, None
 
 
 class KVCache:
@@ -486,7 +490,7 @@ class MoDA(nn.Module):
         else:
             for block in self.blocks:
                 x = block(x, rope, stream, cache, maps)
-        stream.token = torch.zeros(())  # whoever keeps the stream shall not keep the graph
+        stream.order = torch.zeros(())  # whoever keeps the stream shall not keep the graph
         if cache is not None:
             cache.length = stop
         return self.norm(x)

@@ -5,7 +5,7 @@
 
 A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run appends one line to results/quality.jsonl;
 what is there already is not run again, and what was cut off goes on where it was. Several processes may run side by
-side, which small models gain from; a row's speed is that of its fastest run.
+side, which small models gain from. A row's speed is that of its fastest run: run plain and row4 alone before longer.
 
 The text: FOLDER holds novels_train.txt and novels_val.txt (or .txt.xz), English novels of 1840 to 1929 from the folder
 corpus/ of github.com/computationalstylistics/100_english_novels, the books that results/novels.txt names, in its order:
@@ -51,7 +51,7 @@ ROWS = {  # name: (what it is, changes to the config)
     "window4": ("row4, the last 4 slots", {"depth_window": 4}),
     "window8": ("row4, the last 8 slots", {"depth_window": 8}),
     "window16": ("row4, the last 16 slots", {"depth_window": 16}),
-    "norope": ("row4, deep keys not rotated", {"depth_rope": False}),
+    "norope": ("row4, depth keys not rotated", {"depth_rope": False}),
     "noqknorm": ("row4 without QK-norm", {"qk_norm": False}),
 }
 PAPER = {(24, "post"): (3.4740, 3.4537, 3.4338), (48, "post"): (3.4062, 3.3653, 3.3484),
@@ -114,9 +114,9 @@ def steps_of(cell, row, epochs, n_token, done):
 
 
 def depth_mass(model, idx):
-    """The share of attention that each layer pays to depth slots, over idx (B, T): a list; empty for a plain model."""
-    T, maps = idx.shape[1], model.attention_maps(idx) if model.config.depth_kv else []
-    return [p[..., T:].sum(-1).mean().item() for p in maps]
+    """The share of attention that each layer which reads slots pays to them, over idx (B, T): a list."""
+    T = idx.shape[1]
+    return [p[..., T:].sum(-1).mean().item() for p in model.attention_maps(idx) if p.shape[-1] > T]
 
 
 def run(cell, seed, epochs, lr, warmup, data, device):
@@ -164,14 +164,16 @@ def spread(values):
 
 def best_runs(lines):
     """Lines of results/quality.jsonl -> {(n_layer, norm, epochs): {row: its lines}}, each row at the best of the
-    learning rates and warmups that were tried for it, judged by its first seed."""
+    learning rates and warmups that were tried for it with the seed that most of them have."""
     settings, best = {}, {}
     for line in lines:
         tried = settings.setdefault((line["n_layer"], line["norm"], line["epochs"], line["row"]), {})
-        tried.setdefault((line["lr"], line["warmup"]), []).append(line)
+        tried.setdefault((line["lr"], line["warmup"]), {})[line["seed"]] = line
     for (*group, row), tried in settings.items():
-        runs = min(tried.values(), key=lambda runs: min((line["seed"], line["val_loss"]) for line in runs))
-        best.setdefault(tuple(group), {})[row] = sorted(runs, key=lambda line: line["seed"])
+        seed = statistics.mode(sorted(seed for runs in tried.values() for seed in runs))
+        comparable = [runs for runs in tried.values() if seed in runs]
+        runs = min(comparable, key=lambda runs: runs[seed]["val_loss"])
+        best.setdefault(tuple(group), {})[row] = [runs[seed] for seed in sorted(runs)]
     return best
 
 
@@ -186,7 +188,7 @@ def paper_difference(n_layer, norm, row):
     return paper[row] - paper["plain"] if row in paper and row != "plain" else None
 
 
-COLUMNS = "row||lr|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth|tokens/s"
+COLUMNS = "row||lr|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth|tokens/s"
 
 
 def report():
@@ -199,17 +201,22 @@ def report():
         """# Quality: does depth KV lower the loss?
 
 Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
-whole validation text; mean ± standard deviation over seeds. Each row at the best of the learning rates that were tried
-for it (all runs are below). The difference is to the plain model of the same seed, and beside it that of the paper's
-Table 6, on other data and many more tokens. Depth: the share of attention that slots get, averaged over layers.
-Tokens/s: of the fastest run; most of them shared the card."""
+whole validation text; mean ± standard deviation over seeds. Each row at the best learning rate of those that were tried
+for it (of: how many, other warmups counted; all runs are below). The difference is to the plain model of the same seed,
+and beside it that of the paper's Table 6, on other data and many more tokens. Depth: the share of attention that slots
+get, averaged over the layers that read any. Tokens/s: of the fastest run; most of them shared the card."""
     ]
-    for (n_layer, norm, epochs), rows in sorted(groups.items(), key=str):
+    for (n_layer, norm, epochs), rows in sorted(groups.items()):
         text += [f"\n## {n_layer} layers, {norm}-norm, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
         text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
             runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row)
-            cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", str(len(runs))]
+            setting = [n_layer, norm, epochs, row]
+            tried = {
+                (x["lr"], x["warmup"]) for x in lines if [x["n_layer"], x["norm"], x["epochs"], x["row"]] == setting
+            }
+            cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(len(tried))]
+            cells += [f"{runs[0]['parameters']:,}", str(len(runs))]
             cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
             cells += [spread(delta) if delta and row != "plain" else "", "" if paper is None else f"{paper:.4f}"]
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
@@ -239,9 +246,9 @@ def plot(groups):
     left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
     left.set_title(f"{most[0]} layers, {most[1]}-norm, one line a seed", loc="left", fontsize=11)
     left.legend(frameon=False)
-    low = min(line["val_loss"] for row in colors for line in groups[most].get(row, []))
+    low = min(line["val_loss"] for runs in groups[most].values() for line in runs)
     left.set_ylim(low - 0.1, low + 1.2)  # where the curves can be told apart
-    for (n_layer, norm, epochs), rows in sorted(groups.items(), key=str):
+    for (n_layer, norm, epochs), rows in sorted(groups.items()):
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
             error = statistics.stdev(delta) if len(delta) > 1 else 0
@@ -278,6 +285,7 @@ def main():
             cell_config(cell)
         device = pick_device(args.device)
         if device.type == "cuda":
+            torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         data = corpus(args.data)
         for seed in args.seeds:  # seed by seed, so that what is there after a cut can be compared

@@ -48,6 +48,7 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("kernel.py", "    tl.store(delta + (b * n_head + head) * T_q + token, delta_tile, mask=in_row)", "    pass"),
     # the gradients of the slots, summed over readers
     ("kernel.py", "(slot[None, :] >= first_read[:, None])", "(slot[None, :] > first_read[:, None])"),
+    ("kernel.py", "(row < N_READER * BLOCK_T * GROUP) & (number < n_reader)", "(number < n_reader)"),
     ("kernel.py", "number = chunk + row // (BLOCK_T * GROUP)", "number = row // (BLOCK_T * GROUP)"),
     ("kernel.py", "(slot - sum_first) * sum_stride[0]", "(slot - first) * sum_stride[0]"),
     ("kernel.py", "[x[first - sum_first : last - sum_first].to(dtype) for x in sums]", "[x[: last - first].to(dtype) for x in sums]"),
@@ -81,11 +82,11 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "self.k.dtype, self.sums, self.sum_first)", "self.k.dtype, self.sums, first)"),
     ("moda.py", "            ctx.slots.begin_backward()\n", ""),
     ("moda.py", "reader=self.table[len(self.readers)], first=start)", "reader=self.table[len(self.readers)], first=start + 1)"),
-    ("moda.py", "        o, self.token = _Attend.apply(", "        o, _ = _Attend.apply("),
-    ("moda.py", "            self.token = _Write.apply(", "            _Write.apply("),
+    ("moda.py", "        o, self.order = _Attend.apply(", "        o, _ = _Attend.apply("),
+    ("moda.py", "            self.order = _Write.apply(", "            _Write.apply("),
     ("moda.py", "first, last = slot - slot % self.per_layer, slot + 1", "first, last = slot, slot + 1"),
     ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def read", "        self.k[slot], self.v[slot] = k, k\n\n    def read"),
-    ("moda.py", "        stream.token = torch.zeros(())  # whoever", "        # whoever"),
+    ("moda.py", "        stream.order = torch.zeros(())  # whoever", "        # whoever"),
 ]  # fmt: skip
 EQUIVALENT = {
     "    if not causal:": "a single query with a prefix and a square of one key: two calls, the same numbers",

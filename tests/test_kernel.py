@@ -580,6 +580,52 @@ def test_autocast_leaves_float64_alone():
         check("torch", inputs)
 
 
+@pytest.mark.parametrize(
+    "device, dtype", [("cpu", torch.float16), pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("n_slot", [1, 2, 5])
+@pytest.mark.parametrize("group, n_reader", [(1, 1), (1, 20), (3, 2), (3, 11), (8, 7), (20, 3)])
+def test_slots_backward(group, n_reader, n_slot, device, dtype):
+    """Slots' gradients, summed over readers whose windows move on, against the backward of each reader in float64."""
+    if device == "cpu":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    B, n_kv_head, T, head_dim, first, n_all = 1, 2, 5, 16, 3, 9
+    last, n_head, scale = first + n_slot, group * n_kv_head, 0.3
+
+    def random(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    depth_k, depth_v = random(2, n_all, B, n_kv_head, T, head_dim)
+    sums = torch.randn(2, 6, B, n_kv_head, T, head_dim, device=device)  # of the slots 2..7
+    table = torch.empty(n_reader, 8, dtype=torch.int64, device=device)
+    want = [x[first - 2 : last - 2].double() for x in sums]
+    terms, readers = [x.square() for x in want], []
+    for i in range(n_reader):
+        start = max(0, last - 1 + (n_reader > 4) - i)  # the deepest of many sees none of these slots any more
+        q, do = random(2, B, n_head, T, head_dim)
+        k, v = depth_k[start:], depth_v[start:]
+        o, lse = kernel._depth_forward_torch(
+            q, k, v, torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32), scale
+        )
+        dq = torch.zeros_like(q)
+        delta = kernel._depth_backward_triton(do, q, k, v, o, lse, scale, dq, reader=table[i], first=start)
+        readers.append((q, do, lse, delta, start))
+        dq_, *grads = kernel._depth_backward_torch(*(x.double() for x in (do, q, k, v, o, lse)), scale)
+        assert (dq - dq_).norm() <= 2**-7 * dq_.norm()
+        for total, squares, grad in zip(want, terms, grads, strict=True):
+            skip = max(0, start - first)
+            seen = grad[max(0, first - start) : last - start]
+            total[skip:] += seen
+            squares[skip:] += seen.square()
+    got = kernel.slots_backward(readers, table, depth_k, depth_v, first, last, torch.float32, list(sums), 2, scale)
+    for x, y, squares in zip(got, want, terms, strict=True):
+        assert (x - y).norm() <= 2**-7 * squares.sum().sqrt()
+    fresh = kernel.slots_backward(readers, table, depth_k, depth_v, first, last, dtype, None, 0, scale)
+    for x, y, old in zip(fresh, want, sums, strict=True):
+        assert x.dtype == dtype and (x - (y - old[first - 2 : last - 2])).norm() <= 2**-6 * y.norm()
+
+
 AHEAD_OF_TIME = """
 import kernel, triton
 from triton.backends.compiler import GPUTarget
@@ -591,13 +637,14 @@ POINTERS = FLOAT32 | set("q k v o do dq depth_k depth_v ddepth_k ddepth_v out_k 
 def kind(name, dtype):
     if name.endswith("_stride"):
         return ("i32",) * (4 if name.split("_")[0] in ("depth", "ddepth", "slot", "sum", "out") else 3)
-    if name in ("reader", "readers"):
+    if name in ("reader", "table"):
         return "*i64"
     number = "fp32" if name in ("scale", "scale_log2") else "i32"
     return "*fp32" if name in FLOAT32 else "*" + dtype if name in POINTERS else number
 
 for dtype, rows in (("bf16", 64), ("fp32", 16)):
     common = {"HEAD_DIM": 48, "D": 64, "BLOCK_N": 32}
+    few = {"BLOCK_N": 16, "SUMMED": True}
     for group in (3, 8):
         for fn, options in (
             (kernel._forward_kernel, {"BLOCK_M": 16, "CAUSAL": True, "CONTINUE": True}),
@@ -606,13 +653,14 @@ for dtype, rows in (("bf16", 64), ("fp32", 16)):
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": True}),
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": False}),
             (kernel._slots_backward_kernel, {"BLOCK_M": rows, "N_READER": 1, "SUMMED": False}),
-            (kernel._slots_backward_kernel, {"BLOCK_M": 64, "N_READER": 8, "SUMMED": True}),
+            (kernel._slots_backward_kernel, {"BLOCK_M": 64, "N_READER": 8} | few),
         ):
             constants = common | options | {"GROUP": group}
             signature = {n: "constexpr" if n in constants else kind(n, dtype) for n in fn.arg_names}
             constexprs = {(fn.arg_names.index(n),): value for n, value in constants.items()}
             source = ASTSource(fn=fn, signature=signature, constexprs=constexprs)
-            triton.compile(source, target=GPUTarget("cuda", 90, 32))
+            warps = {"num_warps": 2 if "SUMMED" in options else 4}
+            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
             print("compiled", fn.__name__, dtype, group, options)
 """
 

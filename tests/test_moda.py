@@ -735,6 +735,7 @@ FAST_VARIANTS = [
     DEEP | {"norm": "pre", "depth_rope": False},
     {"n_layer": 2},
     {"n_layer": 12},
+    {"n_layer": 12, "n_head": 6, "n_kv_head": 2, "n_embd": 48},  # three heads a group: no power of two
     {"n_layer": 12, "n_kv_head": 1},
     {"n_layer": 18, "n_head": 2, "n_kv_head": 2, "n_embd": 16},
 ]

@@ -40,6 +40,17 @@ def test_cells_of_the_table():
             cell_config(wrong)
 
 
+def test_the_best_setting_counts():
+    def line(row, lr, seed, loss):
+        setting = {"n_layer": 24, "norm": "post", "epochs": 1, "warmup": 300}
+        return setting | {"row": row, "lr": lr, "seed": seed, "val_loss": loss}
+
+    runs = [("plain", 1e-3, 1, 3.6), ("plain", 1e-3, 0, 3.7), ("plain", 2e-3, 0, 3.8), ("plain", 4e-3, 2, 3.1)]
+    best = replicate.best_runs([line(*run) for run in [*runs, ("row4", 2e-3, 0, 3.5)]])[24, "post", 1]
+    assert [(x["lr"], x["seed"]) for x in best["plain"]] == [(1e-3, 0), (1e-3, 1)]  # not the one with a seed of its own
+    assert replicate.differences(best, "row4") == [pytest.approx(-0.2)]
+
+
 def test_a_table_fills(place, monkeypatch, capsys):
     def main(*arguments):
         monkeypatch.setattr("sys.argv", ["replicate.py", *arguments])
