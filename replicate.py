@@ -57,6 +57,7 @@ ROWS = {  # name: (what it is, changes to the config)
 PAPER = {(24, "post"): (3.4740, 3.4537, 3.4338), (48, "post"): (3.4062, 3.3653, 3.3484),
          (48, "pre"): (3.3800, 3.3759, 3.3656)}  # Table 6: plain, row 3, row 4; FineWeb-Edu  # fmt: skip
 BATCH, WARMUP = 16, 300  # sequences of 512 tokens; steps
+NAMES = {"adamw": "AdamW", "muon": "Muon"}  # the optimizers
 LR = {"post": 1e-3, "pre": 2e-3}  # see results/quality.md for the search
 
 
@@ -119,24 +120,26 @@ def depth_mass(model, idx):
     return [p[..., T:].sum(-1).mean().item() for p in model.attention_maps(idx) if p.shape[-1] > T]
 
 
-def run(cell, seed, epochs, lr, warmup, data, device):
+def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     """Train one cell and append its line to results/quality.jsonl."""
     model_config, row = cell_config(cell)
     lr = lr or LR[model_config.norm]
     done = finished()
-    key = {"cell": cell, "seed": seed, "epochs": epochs, "lr": lr, "warmup": warmup}
+    key = {"cell": cell, "seed": seed, "epochs": epochs, "optimizer": optimizer, "lr": lr, "warmup": warmup}
     if any(all(line[name] == value for name, value in key.items()) for line in done):
         print(f"{key} is in {RESULTS.name} already")
         return
-    steps = steps_of(cell, row, epochs, len(data["tokens"]), done)
+    comparable = [line for line in done if line["optimizer"] == optimizer]
+    steps = steps_of(cell, row, epochs, len(data["tokens"]), comparable)
     settings = {"compile": device.type == "cuda", "eval_every": max(1, steps // 20), "eval_tokens": 65_536}
-    config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, lr=lr, warmup=warmup,
-                         save_every=max(1, steps // 4), **settings)  # fmt: skip
+    config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, optimizer=optimizer, lr=lr,
+                         warmup=warmup, save_every=max(1, steps // 4), **settings)  # fmt: skip
     tokens, held_out = (data[part].long().to(device) for part in ("tokens", "held_out"))
     T = model_config.block_size
     pad = -(len(held_out) - 1) % T
     windows = F.pad(held_out[:-1], (0, pad)).view(-1, T), F.pad(held_out[1:], (0, pad), value=-1).view(-1, T)
-    folder = ROOT / "runs" / "replicate" / "-".join(map(str, (cell, f"{epochs:g}e", f"{lr:g}", warmup, f"s{seed}")))
+    name = (cell, f"{epochs:g}e", optimizer, f"{lr:g}", warmup, f"s{seed}")
+    folder = ROOT / "runs" / "replicate" / "-".join(map(str, name))
     source = {"source": "100 English novels", "sha256": data["sha256"], "bytes": data["bytes"]}
     tokenizer = tokenizer_from_json(data["tokenizer"])
     model, result = train(folder, config, model_config, tokenizer, tokens, windows, source, resume=True)
@@ -162,19 +165,26 @@ def spread(values):
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def best_runs(lines):
-    """Lines of results/quality.jsonl -> {(n_layer, norm, epochs): {row: its lines}}, each row at the best of the
-    learning rates and warmups that were tried for it with the seed that most of them have."""
-    settings, best = {}, {}
+def tries(lines):
+    """Lines of results/quality.jsonl -> {(n_layer, norm, optimizer, epochs): {row: {(lr, warmup): {seed: line}}}}."""
+    groups = {}
     for line in lines:
-        tried = settings.setdefault((line["n_layer"], line["norm"], line["epochs"], line["row"]), {})
-        tried.setdefault((line["lr"], line["warmup"]), {})[line["seed"]] = line
-    for (*group, row), tried in settings.items():
+        rows = groups.setdefault(tuple(line[name] for name in ("n_layer", "norm", "optimizer", "epochs")), {})
+        rows.setdefault(line["row"], {}).setdefault((line["lr"], line["warmup"]), {})[line["seed"]] = line
+    return groups
+
+
+def best_runs(lines):
+    """-> {(n_layer, norm, optimizer, epochs): {row: its lines}}, each row at the best of the learning rates and warmups
+    that were tried for it with the seed that most of them have."""
+
+    def best(tried):
         seed = statistics.mode(sorted(seed for runs in tried.values() for seed in runs))
         comparable = [runs for runs in tried.values() if seed in runs]
         runs = min(comparable, key=lambda runs: runs[seed]["val_loss"])
-        best.setdefault(tuple(group), {})[row] = [runs[seed] for seed in sorted(runs)]
-    return best
+        return [runs[seed] for seed in sorted(runs)]
+
+    return {group: {row: best(tried) for row, tried in rows.items()} for group, rows in tries(lines).items()}
 
 
 def differences(rows, row):
@@ -196,7 +206,7 @@ def report():
     lines = finished()
     if not lines:
         raise SystemExit(f"error: there is nothing in {RESULTS} yet")
-    groups = best_runs(lines)
+    groups, tried = best_runs(lines), tries(lines)
     text = [
         """# Quality: does depth KV lower the loss?
 
@@ -206,24 +216,21 @@ for it (of: how many, other warmups counted; all runs are below). The difference
 and beside it that of the paper's Table 6, on other data and many more tokens. Depth: the share of attention that slots
 get, averaged over the layers that read any. Tokens/s: of the fastest run; most of them shared the card."""
     ]
-    for (n_layer, norm, epochs), rows in sorted(groups.items()):
-        text += [f"\n## {n_layer} layers, {norm}-norm, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
+    for group, rows in sorted(groups.items()):
+        n_layer, norm, optimizer, epochs = group
+        text += [f"\n## {n_layer} layers, {norm}-norm, {NAMES[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
         text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
             runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row)
-            setting = [n_layer, norm, epochs, row]
-            tried = {
-                (x["lr"], x["warmup"]) for x in lines if [x["n_layer"], x["norm"], x["epochs"], x["row"]] == setting
-            }
-            cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(len(tried))]
+            cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(len(tried[group][row]))]
             cells += [f"{runs[0]['parameters']:,}", str(len(runs))]
             cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
             cells += [spread(delta) if delta and row != "plain" else "", "" if paper is None else f"{paper:.4f}"]
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
             cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
             text.append(f"| {' | '.join(cells)} | {max(line['tokens_per_s'] for line in runs):,.0f} |")
-    names = ("cell", "seed", "epochs", "lr", "warmup")
-    text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|--:|--:|--:|"]
+    names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
+    text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
         text.append(f"| {' | '.join(str(line[n]) for n in names)} | {line['val_loss']:.4f} |")
     ran_on = {f"{m['device']}, torch {m['torch']}, commit {m['commit']}" for m in (line["machine"] for line in lines)}
@@ -244,11 +251,11 @@ def plot(groups):
             seen = [(tokens / 1e6, loss) for tokens, _, loss in line["curve"] if loss is not None]
             left.plot(*zip(*seen, strict=True), color=colors[row], lw=1.5, label=ROWS[row][0] if i == 0 else None)
     left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
-    left.set_title(f"{most[0]} layers, {most[1]}-norm, one line a seed", loc="left", fontsize=11)
+    left.set_title(f"{most[0]} layers, {most[1]}-norm, {NAMES[most[2]]}, one line a seed", loc="left", fontsize=11)
     left.legend(frameon=False)
     low = min(line["val_loss"] for runs in groups[most].values() for line in runs)
     left.set_ylim(low - 0.1, low + 1.2)  # where the curves can be told apart
-    for (n_layer, norm, epochs), rows in sorted(groups.items()):
+    for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
             error = statistics.stdev(delta) if len(delta) > 1 else 0
@@ -256,7 +263,7 @@ def plot(groups):
             right.errorbar(statistics.mean(delta), len(names), xerr=error, **style)
             if paper is not None:
                 right.plot(paper, len(names), "D", color="#222222", mfc="white", ms=6)
-            names.append(f"{n_layer} {norm} {epochs:g}e {row}")
+            names.append(f"{n_layer} {norm} {NAMES[optimizer]} {epochs:g}e {row}")
     right.axvline(0, color="#D22030", lw=1.5)
     right.set_yticks(range(len(names)), names, fontsize=9)
     right.invert_yaxis()
@@ -274,6 +281,7 @@ def main():
     parser.add_argument("--data", metavar="FOLDER", help="where the novels are; needed the first time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the 16 million tokens (default: 1)")
+    parser.add_argument("--optimizer", choices=NAMES, default="adamw", help="muon's AdamW serves all but the matrices")
     parser.add_argument("--lr", type=float, help=f"to search for it (default: {LR})")
     parser.add_argument("--warmup", type=int, default=WARMUP, help="steps (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (the best that is there)")
@@ -290,7 +298,7 @@ def main():
         data = corpus(args.data)
         for seed in args.seeds:  # seed by seed, so that what is there after a cut can be compared
             for cell in args.cells:
-                run(cell, seed, args.epochs, args.lr, args.warmup, data, device)
+                run(cell, seed, args.epochs, args.optimizer, args.lr, args.warmup, data, device)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -42,11 +42,11 @@ def test_cells_of_the_table():
 
 def test_the_best_setting_counts():
     def line(row, lr, seed, loss):
-        setting = {"n_layer": 24, "norm": "post", "epochs": 1, "warmup": 300}
+        setting = {"n_layer": 24, "norm": "post", "optimizer": "adamw", "epochs": 1, "warmup": 300}
         return setting | {"row": row, "lr": lr, "seed": seed, "val_loss": loss}
 
     runs = [("plain", 1e-3, 1, 3.6), ("plain", 1e-3, 0, 3.7), ("plain", 2e-3, 0, 3.8), ("plain", 4e-3, 2, 3.1)]
-    best = replicate.best_runs([line(*run) for run in [*runs, ("row4", 2e-3, 0, 3.5)]])[24, "post", 1]
+    best = replicate.best_runs([line(*run) for run in [*runs, ("row4", 2e-3, 0, 3.5)]])[24, "post", "adamw", 1]
     assert [(x["lr"], x["seed"]) for x in best["plain"]] == [(1e-3, 0), (1e-3, 1)]  # not the one with a seed of its own
     assert replicate.differences(best, "row4") == [pytest.approx(-0.2)]
 
@@ -79,5 +79,5 @@ def test_a_table_fills(place, monkeypatch, capsys):
     main("report")
     text = (place / "results" / "quality.md").read_text()
     difference = lines[2]["val_loss"] - lines[0]["val_loss"]
-    assert f"| {difference:.4f} |" in text and "2 layers, post-norm, 0.2 epochs" in text
+    assert f"| {difference:.4f} |" in text and "2 layers, post-norm, AdamW, 0.2 epochs" in text
     assert (place / "results" / "quality.png").stat().st_size > 10_000
