@@ -241,6 +241,21 @@ def evaluate(model, x, y, n_byte, batch_size):
     return nats / tokens, nats / math.log(2) / max(1, text)
 
 
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon for one group of matrices: its step at a learning rate of 1, scaled afterwards. That way the rate
+    may be a tensor on the GPU, and the step's thousands of small kernels be recorded as a CUDA graph."""
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        lr, decay, before = group["lr"], group["weight_decay"], [p.clone() for p in group["params"]]
+        group |= {"lr": 1.0, "weight_decay": 0.0}
+        super().step()
+        group |= {"lr": lr, "weight_decay": decay}
+        for p, old in zip(group["params"], before, strict=True):
+            p.sub_(old).mul_(lr).add_(old.mul_(1 - lr * decay))
+
+
 def make_optimizers(model, config):
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest; one lr serves both."""
     embed, decay = model.embed.weight, config.weight_decay
@@ -251,7 +266,7 @@ def make_optimizers(model, config):
     if config.optimizer == "adamw":
         return [adamw]
     # match_rms_adamw makes Muon's updates as large as AdamW's, hence the one lr
-    return [adamw, torch.optim.Muon(matrices, config.lr, decay, adjust_lr_fn="match_rms_adamw")]
+    return [adamw, Muon(matrices, config.lr, decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def write_atomically(path, write):
@@ -414,9 +429,13 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
             total = total + loss.detach()
         return total, torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
 
-    updates = [optimizer.step for optimizer in optimizers]
+    def update():
+        for optimizer in optimizers:
+            optimizer.step()
+
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     graphs = device.type == "cuda" and WORLD == 1  # small models on a GPU mostly wait for Python
-    for group in optimizers[0].param_groups:  # a graph reads its learning rate by address
+    for group in groups:  # a graph reads its learning rate by address
         group |= {"lr": torch.tensor(config.lr, device=device) if graphs else config.lr, "capturable": False}
     if graphs:
         differentiate = capture(differentiate, *get_batch(tokens, T, config.seed, range(share)))
@@ -431,14 +450,13 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
             )
             loss, stop = all_sum([loss / WORLD, float(asked[0])], device)  # summed, so that all processes stop together
             check_finite(step + 1, {"loss": loss, "gradient norm": norm})
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            for group in groups:
                 group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr
-            for update in updates:
-                update()
-            if graphs and step == begun:  # AdamW has its state now, and can be recorded
-                for group in optimizers[0].param_groups:
-                    group["capturable"] = True
-                updates[0] = capture(updates[0], warmup=0)
+            update()
+            if graphs and step == begun:  # the optimizers have their state now, and can be recorded
+                for group in groups:
+                    group["capturable"] = True  # AdamW wants to be told
+                update = capture(update, warmup=0)
             step, took = step + 1, time.perf_counter() - began
             seconds, speed = seconds + took, config.batch_size * T / took
             row = {"step": step, "loss": loss, "val_loss": None, "val_bpb": None, "lr": lr}

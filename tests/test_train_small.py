@@ -480,6 +480,23 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[-1] == pytest.approx(0.02) and rates[50:] == sorted(rates[50:], reverse=True)
 
 
+@pytest.mark.parametrize("rate", [1e-2, torch.tensor(1e-2)])
+def test_muon_steps_like_pytorchs(rate):
+    """A step scaled afterwards rounds otherwise: by 2**-24 of what Muon adds at a rate of 1, which is about 1 here."""
+    torch.manual_seed(0)
+    ours = [torch.randn(8, 24, requires_grad=True), torch.randn(16, 8, requires_grad=True)]
+    theirs = [w.detach().clone().requires_grad_() for w in ours]
+    muons = [train_small.Muon(ours, rate, 0.1), torch.optim.Muon(theirs, 1e-2, 0.1)]
+    for _ in range(5):
+        for w, v in zip(ours, theirs, strict=True):
+            w.grad = v.grad = torch.randn_like(w)
+        for muon in muons:
+            muon.step()
+    for w, v in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(w, v, rtol=0, atol=1e-6)
+    assert muons[0].param_groups[0]["lr"] is rate and muons[0].param_groups[0]["weight_decay"] == 0.1
+
+
 def test_one_learning_rate_reaches_every_parameter_once():
     config = MoDAConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
     model = MoDA(config)
