@@ -624,9 +624,9 @@ def bench_generate(args):
             rows.append([name, str(B), row, f"{speed:,.0f}", f"{ratio:.2f}", f"{peak[row]:.2f}"])
             print(*rows[-1], sep=" | ", flush=True)
         result["settings"].append({"shape": name, "B": B, "tokens": args.tokens, "ms": times, "peak_GB": peak})
+        write("generate", result)
     print()
     table(rows)
-    write("generate", result)
 
 
 SCALE = MoDAConfig(2048, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512)
@@ -688,9 +688,9 @@ def bench_scale(args):
             print(*rows[-1], sep=" | ", flush=True)
             point = {"value": changes[sweep], "B": B, "slots_read": n_read, "slots_GB": slots_GB}
             result["sweeps"][sweep].append(point | {"plain": plain, "row 4": moda})
+            write("scale", result)
     print()
     table(rows)
-    write("scale", result)
 
 
 def main():

@@ -232,7 +232,8 @@ get, averaged over the layers that read any. Tokens/s: of the fastest run; most 
     names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
     text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
-        text.append(f"| {' | '.join(str(line[n]) for n in names)} | {line['val_loss']:.4f} |")
+        cells = [f"{line[n]:g}" if n in ("epochs", "lr") else str(line[n]) for n in names]
+        text.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
     ran_on = {f"{m['device']}, torch {m['torch']}, commit {m['commit']}" for m in (line["machine"] for line in lines)}
     text.append(f"\nRun on: {'; '.join(sorted(ran_on))}.")
     (ROOT / "results" / "quality.md").write_text("\n".join(text) + "\n")
@@ -242,32 +243,39 @@ get, averaged over the layers that read any. Tokens/s: of the fastest run; most 
 
 def plot(groups):
     """Curves of the plain model, rows 3 and 4, and the differences to the plain model with their error bars."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors, names = {"plain": "#767676", "row3": "#E69F00", "row4": "#009E73"}, []
-    most = max(groups, key=lambda group: sum(map(len, groups[group].values())))
-    for row in colors:
-        for i, line in enumerate(groups[most].get(row, [])):
-            seen = [(tokens / 1e6, loss) for tokens, _, loss in line["curve"] if loss is not None]
-            left.plot(*zip(*seen, strict=True), color=colors[row], lw=1.5, label=ROWS[row][0] if i == 0 else None)
+    (n_layer, norm, _, epochs) = max(groups, key=lambda group: sum(map(len, groups[group].values())))
+    low = 9.0
+    for optimizer, style in {"adamw": "--", "muon": "-"}.items():
+        rows = groups.get((n_layer, norm, optimizer, epochs), {})
+        for row in (row for row in colors if row in rows):
+            label = f"{ROWS[row][0]}, {NAMES[optimizer]}"
+            for line in rows[row]:
+                seen = [(tokens / 1e6, loss) for tokens, _, loss in line["curve"] if loss is not None]
+                left.plot(*zip(*seen, strict=True), color=colors[row], lw=1.5, ls=style, label=label)
+                low, label = min(low, line["val_loss"]), None
     left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
-    left.set_title(f"{most[0]} layers, {most[1]}-norm, {NAMES[most[2]]}, one line a seed", loc="left", fontsize=11)
+    left.set_title(f"{n_layer} layers, {norm}-norm, one line a seed", loc="left", fontsize=11)
     left.legend(frameon=False)
-    low = min(line["val_loss"] for runs in groups[most].values() for line in runs)
     left.set_ylim(low - 0.1, low + 1.2)  # where the curves can be told apart
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
-            error = statistics.stdev(delta) if len(delta) > 1 else 0
-            style = {"fmt": "o", "color": colors.get(row, "#0072B2"), "capsize": 4}
-            right.errorbar(statistics.mean(delta), len(names), xerr=error, **style)
+            mean, error = statistics.mean(delta), statistics.stdev(delta) if len(delta) > 1 else 0
+            style = {"fmt": "o" if mean < 0.3 else ">", "color": colors.get(row, "#0072B2"), "capsize": 4 * bool(error)}
+            right.errorbar(min(mean, 0.3), len(names), xerr=error, **style)
+            if mean >= 0.3:
+                right.text(0.29, len(names), f"stuck, +{mean:.2f}", ha="right", va="center", fontsize=9)
             if paper is not None:
                 right.plot(paper, len(names), "D", color="#222222", mfc="white", ms=6)
-            names.append(f"{n_layer} {norm} {NAMES[optimizer]} {epochs:g}e {row}")
+            names.append(f"{n_layer} layers, {norm}, {NAMES[optimizer]}, {epochs:g} ep., {row} ({len(delta)})")
     right.axvline(0, color="#D22030", lw=1.5)
+    right.set_xlim(right=0.31)
     right.set_yticks(range(len(names)), names, fontsize=9)
     right.invert_yaxis()
-    right.set_title("loss minus the plain model's; diamonds: the paper", loc="left", fontsize=11)
+    right.set_title("minus plain (seeds); diamonds: the paper", loc="left", fontsize=11)
     right.set_xlabel("nats per token")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
