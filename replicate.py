@@ -7,10 +7,9 @@ A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run ap
 what is there already is not run again, and what was cut off goes on where it was. Several processes may run side by
 side, which small models gain from. A row's speed is that of its fastest run: run plain and row4 alone before longer.
 
-The text: FOLDER holds novels_train.txt and novels_val.txt (or .txt.xz), English novels of 1840 to 1929 from the folder
-corpus/ of github.com/computationalstylistics/100_english_novels, the books that results/novels.txt names, in its order:
-byte-order marks and carriage returns removed, runs of blank lines folded. Validation is whole books that training never
-sees. Its tokens are kept in runs/novels.pt, so that FOLDER is needed once.
+The text: English novels of 1840 to 1929, of which validation holds whole books that training never sees. FOLDER is the
+folder corpus/ of a clone of github.com/computationalstylistics/100_english_novels, or holds novels_train.txt and
+novels_val.txt (or .txt.xz). Its tokens are kept in runs/novels.pt, so that FOLDER is needed once.
 """
 
 import argparse
@@ -61,21 +60,36 @@ NAMES = {"adamw": "AdamW", "muon": "Muon"}  # the optimizers
 LR = {"post": 1e-3, "pre": 2e-3}  # see results/quality.md for the search
 
 
+def novels(folder, part):
+    """The text of "train" or "val": novels_PART.txt or .txt.xz in folder; else the books in it that results/novels.txt
+    names for this part, in its order, without byte-order marks, carriage returns, spaces at line ends and runs of blank
+    lines. SystemExit if there is neither."""
+    whole = Path(folder or ".", f"novels_{part}.txt")
+    if whole.exists():
+        return whole.read_bytes().decode()
+    if whole.with_suffix(".txt.xz").exists():
+        return lzma.decompress(whole.with_suffix(".txt.xz").read_bytes()).decode()
+    listed = [line.split() for line in (ROOT / "results" / "novels.txt").read_text().splitlines()]
+    text = ""
+    for book in (whole.with_name(name) for side, name in listed if side == part):
+        if not book.exists():
+            raise SystemExit(f"error: there is neither {whole} nor {book.name} beside it: see --help about --data")
+        lines = book.read_bytes().decode().replace("\ufeff", "").replace("\r", "")
+        text += re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", lines)).strip() + "\n\n"
+    return text
+
+
 def corpus(folder):
     """-> {"tokens", "held_out" (n_token,) int16, "tokenizer", "sha256", "bytes"}, kept in runs/novels.pt."""
     if not TOKENS.exists():
-        texts = []
-        for part in ("train", "val"):
-            path = Path(folder or ".", f"novels_{part}.txt")
-            if not path.exists() and not path.with_suffix(".txt.xz").exists():
-                raise SystemExit(f"error: there is no {path} (or .xz): --data names the folder, see --help")
-            raw = path.read_bytes() if path.exists() else lzma.decompress(path.with_suffix(".txt.xz").read_bytes())
-            texts.append(raw.decode())
+        texts = [novels(folder, part) for part in ("train", "val")]
         tokenizer = make_tokenizer("bpe", texts[:1], 4096)
         tokens, held_out = (encode(tokenizer, [text]).to(torch.int16) for text in texts)
         raw = [text.encode() for text in texts]
         data = {"tokens": tokens, "held_out": held_out, "tokenizer": tokenizer_to_json(tokenizer)}
         data |= {"sha256": [hashlib.sha256(x).hexdigest() for x in raw], "bytes": [len(x) for x in raw]}
+        if any(line["sha256"] != data["sha256"] for line in finished()):
+            print(f"note: this is not the text of the runs in {RESULTS.name}: the SHA-256 differs")
         TOKENS.parent.mkdir(exist_ok=True)
         torch.save(data, TOKENS)
     return torch.load(TOKENS, weights_only=True)

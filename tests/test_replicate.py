@@ -14,6 +14,8 @@ from replicate import ROWS, cell_config
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder of its own for runs and results, and a corpus in it, one half packed."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "novels.txt").write_text("train Missing.txt")
     monkeypatch.setattr(replicate, "ROOT", tmp_path)
     monkeypatch.setattr(replicate, "RESULTS", tmp_path / "results" / "quality.jsonl")
     monkeypatch.setattr(replicate, "TOKENS", tmp_path / "runs" / "novels.pt")
@@ -38,6 +40,17 @@ def test_cells_of_the_table():
     for wrong in ("24l-post", "24-post-row4", "24l-mid-row4", "24l-post-row6"):
         with pytest.raises(ValueError, match="LAYERS-NORM-ROW"):
             cell_config(wrong)
+
+
+def test_books_become_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicate, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "novels.txt").write_text("train B.txt\nval C.txt\ntrain A.txt\n")
+    (tmp_path / "A.txt").write_bytes("\ufeff\r\nCHAPTER I \t\r\n\r\n \r\n\r\n  It was.\r\n\r\n".encode())
+    (tmp_path / "B.txt").write_bytes("Ça\nira".encode())
+    assert replicate.novels(tmp_path, "train") == "Ça\nira\n\nCHAPTER I\n\n  It was.\n\n"
+    with pytest.raises(SystemExit, match=r"C\.txt"):
+        replicate.novels(tmp_path, "val")
 
 
 def test_the_best_setting_counts():
