@@ -7,7 +7,7 @@ A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run ap
 what is there already is not run again, and what was cut off goes on where it was. Several processes may run side by
 side, which small models gain from. A row's speed is that of its fastest run: run plain and row4 alone before longer.
 
-The text: English novels of 1840 to 1929, of which validation holds whole books that training never sees. FOLDER is the
+The text: English novels of 1839 to 1929, of which validation holds whole books that training never sees. FOLDER is the
 folder corpus/ of a clone of github.com/computationalstylistics/100_english_novels, or holds novels_train.txt and
 novels_val.txt (or .txt.xz). Its tokens are kept in runs/novels.pt, so that FOLDER is needed once.
 """
@@ -19,6 +19,7 @@ import lzma
 import re
 import statistics
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from train_small import (
     tokenizer_from_json,
     tokenizer_to_json,
     train,
+    write_atomically,
 )
 
 ROOT = Path(__file__).parent
@@ -89,9 +91,9 @@ def corpus(folder):
         data = {"tokens": tokens, "held_out": held_out, "tokenizer": tokenizer_to_json(tokenizer)}
         data |= {"sha256": [hashlib.sha256(x).hexdigest() for x in raw], "bytes": [len(x) for x in raw]}
         if any(line["sha256"] != data["sha256"] for line in finished()):
-            print(f"note: this is not the text of the runs in {RESULTS.name}: the SHA-256 differs")
+            print(f"note: not the text of the runs in {RESULTS.name} (the SHA-256 differs): keep them apart")
         TOKENS.parent.mkdir(exist_ok=True)
-        torch.save(data, TOKENS)
+        write_atomically(TOKENS, partial(torch.save, data))
     return torch.load(TOKENS, weights_only=True)
 
 
@@ -242,7 +244,8 @@ get, averaged over the layers that read any. Tokens/s: of the fastest run; most 
             cells += [spread(delta) if delta and row != "plain" else "", "" if paper is None else f"{paper:.4f}"]
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
             cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
-            text.append(f"| {' | '.join(cells)} | {max(line['tokens_per_s'] for line in runs):,.0f} |")
+            speed = max(line["tokens_per_s"] for runs in tried[group][row].values() for line in runs.values())
+            text.append(f"| {' | '.join(cells)} | {speed:,.0f} |")
     names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
     text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
