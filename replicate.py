@@ -4,8 +4,9 @@
     python replicate.py report                                                       results/quality.md, quality.png
 
 A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run appends one line to results/quality.jsonl;
-what is there already is not run again, and what was cut off goes on where it was. Several processes may run side by
-side, which small models gain from. A row's speed is that of its fastest run: run plain and row4 alone before longer.
+what is there already is not run again, and what was cut off goes on where it was. Once runs/novels.pt is there, several
+processes may run side by side, each with cells or seeds of its own: small models gain from it. A row's speed is that of
+its fastest run: run plain and row4 alone before longer.
 
 The text: English novels of 1839 to 1929, of which validation holds whole books that training never sees. FOLDER is the
 folder corpus/ of a clone of github.com/computationalstylistics/100_english_novels, or holds novels_train.txt and
@@ -90,16 +91,23 @@ def corpus(folder):
         raw = [text.encode() for text in texts]
         data = {"tokens": tokens, "held_out": held_out, "tokenizer": tokenizer_to_json(tokenizer)}
         data |= {"sha256": [hashlib.sha256(x).hexdigest() for x in raw], "bytes": [len(x) for x in raw]}
-        if any(line["sha256"] != data["sha256"] for line in finished()):
-            print(f"note: not the text of the runs in {RESULTS.name} (the SHA-256 differs): keep them apart")
         TOKENS.parent.mkdir(exist_ok=True)
         write_atomically(TOKENS, partial(torch.save, data))
-    return torch.load(TOKENS, weights_only=True)
+    data = torch.load(TOKENS, weights_only=True)
+    if any(line["sha256"] != data["sha256"] for line in finished()):
+        raise SystemExit(f"error: {RESULTS} is about another text than {TOKENS}: move one of them away")
+    return data
 
 
 def finished():
-    """The lines of results/quality.jsonl."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """The lines of results/quality.jsonl. ValueError if one is damaged."""
+    lines = []
+    for i, line in enumerate(RESULTS.read_text().splitlines() if RESULTS.exists() else []):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {i + 1} of {RESULTS} is damaged, remove it: {error}") from error
+    return lines
 
 
 def cell_config(cell):
@@ -125,7 +133,9 @@ def steps_of(cell, row, epochs, n_token, done):
             for name in ("plain", "row4")
         }
         if not all(speed.values()):
-            raise ValueError(f"{cell} needs the speed of plain and row4: run them first, on the same machine")
+            raise ValueError(
+                f"{cell} needs the speed of plain and row4: run them first, on the same machine and commit"
+            )
         steps = round(steps * max(speed["plain"]) / max(speed["row4"]))  # max: other runs may have shared the machine
     return steps
 
@@ -139,14 +149,14 @@ def depth_mass(model, idx):
 def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     """Train one cell and append its line to results/quality.jsonl."""
     model_config, row = cell_config(cell)
-    lr = lr or LR[model_config.norm]
-    done = finished()
+    lr = LR[model_config.norm] if lr is None else lr
+    done, ran_on = finished(), machine(device)
     key = {"cell": cell, "seed": seed, "epochs": epochs, "optimizer": optimizer, "lr": lr, "warmup": warmup}
     if any(all(line[name] == value for name, value in key.items()) for line in done):
         print(f"{key} is in {RESULTS.name} already")
         return
-    comparable = [line for line in done if line["optimizer"] == optimizer]
-    steps = steps_of(cell, row, epochs, len(data["tokens"]), comparable)
+    same = [line for line in done if line["optimizer"] == optimizer and line["machine"] == ran_on]
+    steps = steps_of(cell, row, epochs, len(data["tokens"]), same)
     settings = {"compile": device.type == "cuda", "eval_every": max(1, steps // 20), "eval_tokens": 65_536}
     config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, optimizer=optimizer, lr=lr,
                          warmup=warmup, save_every=max(1, steps // 4), **settings)  # fmt: skip
@@ -154,7 +164,7 @@ def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     T = model_config.block_size
     pad = -(len(held_out) - 1) % T
     windows = F.pad(held_out[:-1], (0, pad)).view(-1, T), F.pad(held_out[1:], (0, pad), value=-1).view(-1, T)
-    name = (cell, f"{epochs:g}e", optimizer, f"{lr:g}", warmup, f"s{seed}")
+    name = (cell, steps, optimizer, f"{lr:g}", warmup, f"s{seed}", data["sha256"][0][:8])  # what resuming must not mix
     folder = ROOT / "runs" / "replicate" / "-".join(map(str, name))
     source = {"source": "100 English novels", "sha256": data["sha256"], "bytes": data["bytes"]}
     tokenizer = tokenizer_from_json(data["tokenizer"])
@@ -167,7 +177,7 @@ def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     line["depth_mass"] = depth_mass(model, windows[0][:4])
     line["curve"] = [[step["tokens"], round(step["loss"], 4), step["val_loss"]] for step in kept]
     line |= {"model_config": asdict(model_config), "train_config": asdict(config)}
-    line |= {"sha256": data["sha256"], "machine": machine(device)}
+    line |= {"sha256": data["sha256"], "machine": ran_on}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:  # one write: other processes append here too
         file.write(json.dumps(line) + "\n")
@@ -214,7 +224,7 @@ def paper_difference(n_layer, norm, row):
     return paper[row] - paper["plain"] if row in paper and row != "plain" else None
 
 
-COLUMNS = "row||lr|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth|tokens/s"
+COLUMNS = "row||lr|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth"
 
 
 def report():
@@ -227,10 +237,11 @@ def report():
         """# Quality: does depth KV lower the loss?
 
 Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
-whole validation text; mean ± standard deviation over seeds. Each row at the best learning rate of those that were tried
-for it (of: how many, other warmups counted; all runs are below). The difference is to the plain model of the same seed,
-and beside it that of the paper's Table 6, on other data and many more tokens. Depth: the share of attention that slots
-get, averaged over the layers that read any. Tokens/s: of the fastest run; most of them shared the card."""
+whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps. Each row at the best
+learning rate and warmup of those tried for it (of: how many), which is judged by one seed, where seeds differ: all runs
+are below. The difference is to the plain model of the same seed (in brackets, how many pairs), and beside it that of
+the paper's Table 6, on other data and many more tokens. Depth: the share of attention that slots get, averaged over the
+layers that read any; the first runs did not record it."""
     ]
     for group, rows in sorted(groups.items()):
         n_layer, norm, optimizer, epochs = group
@@ -241,11 +252,13 @@ get, averaged over the layers that read any. Tokens/s: of the fastest run; most 
             cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(len(tried[group][row]))]
             cells += [f"{runs[0]['parameters']:,}", str(len(runs))]
             cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
-            cells += [spread(delta) if delta and row != "plain" else "", "" if paper is None else f"{paper:.4f}"]
+            cells += [
+                f"{spread(delta)} ({len(delta)})" if delta and row != "plain" else "",
+                "" if paper is None else f"{paper:.4f}",
+            ]
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
             cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
-            speed = max(line["tokens_per_s"] for runs in tried[group][row].values() for line in runs.values())
-            text.append(f"| {' | '.join(cells)} | {speed:,.0f} |")
+            text.append(f"| {' | '.join(cells)} |")
     names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
     text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
@@ -263,9 +276,9 @@ def plot(groups):
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors, names = {"plain": "#767676", "row3": "#E69F00", "row4": "#009E73"}, []
-    (n_layer, norm, _, epochs) = max(groups, key=lambda group: sum(map(len, groups[group].values())))
-    low = 9.0
-    for optimizer, style in {"adamw": "--", "muon": "-"}.items():
+    n_layer, norm, _, epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
+    low = 9.0  # the lowest loss that is drawn
+    for optimizer, style in zip(NAMES, ("--", "-"), strict=True):
         rows = groups.get((n_layer, norm, optimizer, epochs), {})
         for row in (row for row in colors if row in rows):
             label = f"{ROWS[row][0]}, {NAMES[optimizer]}"
@@ -280,11 +293,13 @@ def plot(groups):
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
-            mean, error = statistics.mean(delta), statistics.stdev(delta) if len(delta) > 1 else 0
-            style = {"fmt": "o" if mean < 0.3 else ">", "color": colors.get(row, "#0072B2"), "capsize": 4 * bool(error)}
-            right.errorbar(min(mean, 0.3), len(names), xerr=error, **style)
-            if mean >= 0.3:
-                right.text(0.29, len(names), f"stuck, +{mean:.2f}", ha="right", va="center", fontsize=9)
+            mean, color = statistics.mean(delta), colors.get(row, "#0072B2")
+            if mean < 0.3:
+                error = statistics.stdev(delta) if len(delta) > 1 else None
+                right.errorbar(mean, len(names), xerr=error, fmt="o", color=color, capsize=4)
+            else:  # far off, such as stuck at the unigram loss
+                right.plot(0.3, len(names), ">", color=color)
+                right.text(0.29, len(names), f"+{mean:.2f}", ha="right", va="center", fontsize=9)
             if paper is not None:
                 right.plot(paper, len(names), "D", color="#222222", mfc="white", ms=6)
             names.append(f"{n_layer} layers, {norm}, {NAMES[optimizer]}, {epochs:g} ep., {row} ({len(delta)})")
@@ -306,14 +321,16 @@ def main():
     parser.add_argument("--data", metavar="FOLDER", help="where the novels are; needed the first time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the 16 million tokens (default: 1)")
-    parser.add_argument("--optimizer", choices=NAMES, default="adamw", help="muon's AdamW serves all but the matrices")
+    parser.add_argument(
+        "--optimizer", choices=NAMES, default="adamw", help="muon: of the hidden matrices; AdamW does the rest"
+    )
     parser.add_argument("--lr", type=float, help=f"to search for it (default: {LR})")
     parser.add_argument("--warmup", type=int, default=WARMUP, help="steps (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (the best that is there)")
     args = parser.parse_args()
-    if args.cells == ["report"]:
-        return report()
     try:
+        if args.cells == ["report"]:
+            return report()
         for cell in args.cells:
             cell_config(cell)
         device = pick_device(args.device)

@@ -248,12 +248,12 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        lr, decay, before = group["lr"], group["weight_decay"], [p.clone() for p in group["params"]]
-        group |= {"lr": 1.0, "weight_decay": 0.0}
+        lr, before = group["lr"], [p.clone() for p in group["params"]]
+        group["lr"] = 1.0
         super().step()
-        group |= {"lr": lr, "weight_decay": decay}
+        group["lr"] = lr
         for p, old in zip(group["params"], before, strict=True):
-            p.sub_(old).mul_(lr).add_(old.mul_(1 - lr * decay))
+            p.copy_(old.lerp_(p, lr))  # the update and the weight decay are both proportional to the rate
 
 
 def make_optimizers(model, config):
@@ -482,7 +482,7 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
                     write_atomically(checkpoint, functools.partial(torch.save, state))
                     saved = step
             if stop and step < config.steps:
-                why = f"stopped and saved after step {step}: the same command with --resume goes on"
+                why = f"stopped and saved after step {step}: run it again to go on (train_small.py with --resume)"
                 raise SystemExit(why if RANK == 0 else 1)
     val_loss, val_bpb = evaluate(model, *windows, n_byte, micro)
     results = {"val_loss": val_loss, "val_bpb": val_bpb, "parameters": model.num_params(), "seconds": seconds}

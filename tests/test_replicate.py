@@ -84,13 +84,32 @@ def test_a_table_fills(place, monkeypatch, capsys):
         )
     with pytest.raises(SystemExit, match="needs the speed"):
         main("1l-post-longer", *few)
+    *_, muon = main("1l-post-plain", *few, "--optimizer", "muon")
+    assert muon["optimizer"] == muon["train_config"]["optimizer"] == "muon"
+    assert abs(muon["val_loss"] - lines[0]["val_loss"]) > 1e-4  # trained afresh, in another folder
+    lines.append(muon)
     (place / "novels_train.txt").unlink()  # the tokens are kept
     assert main("1l-post-plain", *few) == lines and "already" in capsys.readouterr().out
     lines = main("1l-post-row4", *few[:4], "--seeds", "0", "1")
-    assert [(line["cell"], line["seed"]) for line in lines[2:]] == [("1l-post-row4", 0), ("1l-post-row4", 1)]
+    assert [(line["cell"], line["seed"]) for line in lines[3:]] == [("1l-post-row4", 0), ("1l-post-row4", 1)]
 
     main("report")
     text = (place / "results" / "quality.md").read_text()
-    difference = lines[2]["val_loss"] - lines[0]["val_loss"]
-    assert f"| {difference:.4f} |" in text and "2 layers, post-norm, AdamW, 0.2 epochs" in text
+    difference = lines[3]["val_loss"] - lines[0]["val_loss"]
+    assert f"| {difference:.4f} (1) |" in text and "2 layers, post-norm, AdamW, 0.2 epochs" in text
+    assert "1 layers, post-norm, Muon, 0.2 epochs" in text
     assert (place / "results" / "quality.png").stat().st_size > 10_000
+
+    replicate.RESULTS.write_text(json.dumps(lines[0] | {"sha256": ["another", "text"]}) + "\n")
+    with pytest.raises(SystemExit, match="another text"):
+        main("1l-post-plain", *few)
+    replicate.RESULTS.write_text(json.dumps(lines[0]) + "\n" + '{"cell": "1l-po')
+    with pytest.raises(SystemExit, match=r"line 2 .* damaged"):
+        main("report")
+
+
+def test_as_many_steps_as_the_time_of_row4_buys():
+    speeds = [("1l-post-plain", 150), ("1l-post-plain", 200), ("1l-post-row4", 160), ("2l-post-plain", 900)]
+    done = [{"cell": cell, "tokens_per_s": speed} for cell, speed in speeds]
+    assert replicate.steps_of("1l-post-plain", "plain", 2, 40 * 16 * 512, done) == 80
+    assert replicate.steps_of("1l-post-longer", "longer", 2, 40 * 16 * 512, done) == 100
