@@ -168,11 +168,11 @@ class FastDepthStream(DepthStream):
     gradients are summed over the readers by `kernel.slots_backward`, in float32.
 
     In the backward, a reader computes its dq and leaves (q, do, lse, delta) here, and their addresses in a table on the
-    GPU, so that one kernel can go through any number of readers. When the backward reaches the layer
-    that wrote a slot, all its readers have been there, and the slot's gradient is summed up over them. So that not
-    every slot has to look at all of them, this goes in blocks of layers: what the readers above a block add is summed
-    up for all its slots at once, and each slot then adds only the readers within its block. The order is kept in the
-    graph by `order`, a number on the CPU that each operation takes and passes on.
+    GPU, so that one kernel can go through any number of readers. When the backward reaches the layer that wrote a slot,
+    all its readers have been there, and the slot's gradient is summed up over them. So that not every slot has to look
+    at all of them, this goes in blocks of layers: what the readers above a block add is summed up for all its slots at
+    once, and each slot then adds only the readers within its block. The order is kept in the graph by `order`, a number
+    on the CPU that each operation takes and passes on.
     """
 
     def __init__(self, config, impl=None):

@@ -60,7 +60,7 @@ PAPER = {(24, "post"): (3.4740, 3.4537, 3.4338), (48, "post"): (3.4062, 3.3653, 
          (48, "pre"): (3.3800, 3.3759, 3.3656)}  # Table 6: plain, row 3, row 4; FineWeb-Edu  # fmt: skip
 BATCH, WARMUP = 16, 300  # sequences of 512 tokens; steps
 NAMES = {"adamw": "AdamW", "muon": "Muon"}  # the optimizers
-LR = {"post": 1e-3, "pre": 2e-3}  # see results/quality.md for the search
+LR = {"post": 1e-3, "pre": 2e-3}  # the best for plain with AdamW, of those in results/quality.md
 
 
 def novels(folder, part):

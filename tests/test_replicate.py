@@ -100,6 +100,10 @@ def test_a_table_fills(place, monkeypatch, capsys):
     assert "1 layers, post-norm, Muon, 0.2 epochs" in text
     assert (place / "results" / "quality.png").stat().st_size > 10_000
 
+    elsewhere = [json.dumps(line | {"machine": {"device": "another"}}) + "\n" for line in lines]
+    replicate.RESULTS.write_text("".join(elsewhere))
+    with pytest.raises(SystemExit, match="needs the speed"):
+        main("1l-post-longer", *few)
     replicate.RESULTS.write_text(json.dumps(lines[0] | {"sha256": ["another", "text"]}) + "\n")
     with pytest.raises(SystemExit, match="another text"):
         main("1l-post-plain", *few)
