@@ -578,16 +578,22 @@ def slots_backward(readers, table, depth_k, depth_v, first, last, dtype, sums, s
     q, do, lse = readers[0][:3]
     n_head, T, n_kv_head = *q.shape[1:3], depth_k.shape[2]
     out = [x.new_empty(n_slot, *x.shape[1:], dtype=dtype) for x in (depth_k, depth_v)]
-    group, rows = triton.next_power_of_2(n_head // n_kv_head), 16 if q.dtype == torch.float32 else 64
-    n_reader = min(triton.next_power_of_2(len(readers)), max(1, rows // group))
-    if n_slot <= 2:  # then about 8 tokens, so that one tile of 16 columns holds all
-        rows = max(16, min(rows, 8 * group * n_reader))
+    # What was fastest with 1 to 4 heads a group (results/NOTES.md): for a layer's own slots about 8 tokens, so that one
+    # tile of 16 columns holds them all, for a block's about 2, and as many readers as make 32 or 64 rows of that.
+    group = triton.next_power_of_2(n_head // n_kv_head)
+    if n_slot <= 2:
+        n_reader = triton.next_power_of_2(triton.cdiv(4 * n_kv_head, n_head))
+        rows, cols, num_warps, num_stages = 32, 16, 1, 3
+    else:
+        n_reader, cols, num_warps, num_stages = min(16, max(1, 32 // group)), 16 if n_slot <= 8 else 32, 2, 2
+        rows = 2 * group * n_reader
+    if q.dtype == torch.float32:  # without tensor cores, where large tiles take minutes to compile
+        n_reader, rows = max(1, 16 // group), 16
     sum_k, sum_v = (lse, lse) if sums is None else sums  # to point anywhere, in float32
     strides = [x.stride()[:-1] for x in (q, do, depth_k, depth_k if sums is None else sum_k, out[0])]
     args = (table, depth_k, depth_v, sum_k, sum_v, *out, *strides)
     args += (n_head, T, first, last, sum_first, len(readers), scale, scale / math.log(2))
-    cols, num_warps = (16, 2) if n_slot <= 2 else (32, 4)
-    meta = {"N_READER": n_reader, "SUMMED": sums is not None, "num_warps": num_warps, "num_stages": 1}
+    meta = {"N_READER": n_reader, "SUMMED": sums is not None, "num_warps": num_warps, "num_stages": num_stages}
     _launch(_slots_backward_kernel, q, n_kv_head, rows, cols, args, n_reader, **meta)
     return out
 
