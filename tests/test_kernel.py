@@ -583,21 +583,23 @@ def test_autocast_leaves_float64_alone():
 @pytest.mark.parametrize(
     "device, dtype", [("cpu", torch.float16), pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("n_slot", [1, 2, 5])
-@pytest.mark.parametrize("group, n_reader", [(1, 1), (1, 20), (3, 2), (3, 11), (8, 7), (20, 3)])
+@pytest.mark.parametrize("n_slot", [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    "group, n_reader", [(1, 1), (1, 20), (2, 5), (3, 2), (3, 11), (4, 9), (5, 4), (6, 3), (8, 7), (20, 3)]
+)
 def test_slots_backward(group, n_reader, n_slot, device, dtype):
     """Slots' gradients, summed over readers whose windows move on, against the backward of each reader in float64."""
     if device == "cpu":
         pytest.importorskip("triton")
     torch.manual_seed(0)
-    B, n_kv_head, T, head_dim, first, n_all = 1, 2, 13, 16, 3, 9  # T: more than the tokens of a program
+    B, n_kv_head, T, head_dim, first, n_all = 1, 2, 13, 64, 3, 12  # T: more than the tokens of a program
     last, n_head, scale = first + n_slot, group * n_kv_head, 0.3
 
     def random(*shape):
         return torch.randn(*shape, device=device).to(dtype)
 
     depth_k, depth_v = random(2, n_all, B, n_kv_head, T, head_dim)
-    sums = torch.randn(2, 6, B, n_kv_head, T, head_dim, device=device)  # of the slots 2..7
+    sums = torch.randn(2, 10, B, n_kv_head, T, head_dim, device=device)  # of the slots 2..11
     table = torch.empty(n_reader, 8, dtype=torch.int64, device=device)
     want = [x[first - 2 : last - 2].double() for x in sums]
     terms, readers = [x.square() for x in want], []
