@@ -680,18 +680,19 @@ def bench_scale(args):
             torch.cuda.empty_cache()
             n_read = sum(len(row_4.slot_names(layer)) for layer in range(row_4.n_layer))
             slots_GB = 4e-9 * n_read * B * row_4.block_size * row_4.n_kv_head * row_4.head_dim  # K and V, bf16
-            row = [sweep, str(changes[sweep]), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
+            value = [*changes.values()][-1]
+            row = [sweep, str(value), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
             for kind in ("prefill", "train"):
                 base, extra = median(plain[kind]), median(moda[kind]) - median(plain[kind])
                 row += [f"{base:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
             row += [f"{plain['GB']:.2f}", f"{moda['GB'] - plain['GB']:.2f}"]
             rows.append([*row, f"{plain['parameters']:,}", f"{moda['parameters'] - plain['parameters']:,}"])
             print(*rows[-1], sep=" | ", flush=True)
-            point = {"value": changes[sweep], "B": B, "slots_read": n_read, "slots_GB": slots_GB}
+            point = {"value": value, "B": B, "slots_read": n_read, "slots_GB": slots_GB}
             result["sweeps"][sweep].append(point | {"plain": plain, "row 4": moda})
+        write("scale", result)
     print()
     table(rows)
-    write("scale", result)
 
 
 def main():

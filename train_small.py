@@ -252,7 +252,8 @@ class Muon(torch.optim.Muon):
         shapes = {}
         for p in group["params"]:
             shapes.setdefault(p.shape, []).append(p)
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         for shape, matrices in shapes.items():
             grads, momenta = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])

@@ -654,15 +654,17 @@ for dtype, rows in (("bf16", 64), ("fp32", 16)):
             (kernel._forward_kernel, {"BLOCK_M": rows, "CAUSAL": False, "CONTINUE": False}),
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": True}),
             (kernel._backward_kernel, {"BLOCK_M": 16, "SLOTS": False}),
-            (kernel._slots_backward_kernel, {"BLOCK_M": rows, "N_READER": rows // 16, "SUMMED": False}),
+            (kernel._slots_backward_kernel, {"BLOCK_M": rows, "N_READER": max(1, rows // 16), "SUMMED": False}),
             (kernel._slots_backward_kernel, {"BLOCK_M": 32, "N_READER": 2} | few),
         ):
             constants = common | options | {"GROUP": group}
             signature = {n: "constexpr" if n in constants else kind(n, dtype) for n in fn.arg_names}
             constexprs = {(fn.arg_names.index(n),): value for n, value in constants.items()}
             source = ASTSource(fn=fn, signature=signature, constexprs=constexprs)
-            warps = {"num_warps": 1 if options.get("SUMMED") else 4}
-            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
+            warps = {"num_warps": {True: 1, False: 2}.get(options.get("SUMMED"), 4)}
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
+            # half undefined, such a pair of additions loses its constant in ptxas up to 13.0: see results/NOTES.md
+            assert "s16x2" not in compiled.asm["ptx"], (fn.__name__, group, options)
             print("compiled", fn.__name__, dtype, group, options)
 """
 
