@@ -273,13 +273,14 @@ layers that read any; the first runs did not record it."""
 
 
 def plot(groups):
-    """Rows 3 and 4 minus plain of the same seed: over one epoch, post-norm; and at the end, in every group."""
+    """Rows 3 and 4 minus plain of the same seed: over training, where most was run; and at the end, everywhere."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors, names = {"row3": "#E69F00", "row4": "#009E73"}, []
+    _, most_norm, _, most_epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         plain = {line["seed"]: line["curve"] for line in rows.get("plain", [])}
-        for row in (row for row in colors if row in rows and norm == "post" and epochs == 1):
+        for row in (row for row in colors if row in rows and (norm, epochs) == (most_norm, most_epochs)):
             label = f"{n_layer} layers, {row}, {NAMES[optimizer]}"
             for line in (line for line in rows[row] if line["seed"] in plain):
                 pairs = zip(line["curve"], plain[line["seed"]], strict=True)
@@ -289,8 +290,9 @@ def plot(groups):
                 label = None
     left.axhline(0, color="#D22030", lw=1.5)
     left.set(xlabel="training tokens (millions)", ylabel="nats per token", ylim=(-0.06, 0.16))
-    left.set_title("validation loss minus plain, post-norm, one line a seed", loc="left", fontsize=11)
-    left.legend(frameon=False, loc="upper right")
+    left.set_title(f"validation loss minus plain, {most_norm}-norm, one line a seed", loc="left", fontsize=11)
+    if len(left.lines) > 1:
+        left.legend(frameon=False, loc="upper right")
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
