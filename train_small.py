@@ -266,7 +266,7 @@ class Muon(torch.optim.Muon):
             x = x.mT if shape[0] > shape[1] else x
             step = group["lr"] * 0.2 * max(shape) ** 0.5  # as large as AdamW's, for one rate to serve both
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(matrices, list(x * step))
+            torch._foreach_sub_(matrices, list(x.float() * step))
 
 
 def make_optimizers(model, config):
