@@ -542,23 +542,24 @@ def plot_train(results, path):
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     shapes, width = [name for name in SHAPES if name in results], 0.26
-    colors = {"row 3": "#E69F00", "row 4": "#009E73", "row 4, window 16": "#0072B2"}
+    colors = {"row 3": "#E69F00", "row 4": "#009E73", "row 4, window 16": "#CC79A7"}
     for i, (row, color) in enumerate(colors.items()):
         for x, name in enumerate(shapes):
             info = results[name]["rows"]
             plain, ms = median(info[row]["beside_ms"]), median(info[row]["ms"])
             at = x + (i - 1) * width
             left.bar(at, plain / ms, width * 0.9, color=color, label=row if x == 0 else None)
-            left.text(at, plain / ms - 0.03, f"{plain / ms:.2f}", ha="center", va="top", color="white", fontsize=9)
+            left.text(at, plain / ms - 0.03, f"{plain / ms:.2f}", ha="center", va="top", color="#000000", fontsize=9)
             floor = plain / (plain + info[row]["floor_ms"])
             left.plot([at - width * 0.45, at + width * 0.45], [floor] * 2, color="#222222", lw=2,
                       label="floor: bytes and FLOPs alone" if x == i == 0 else None)  # fmt: skip
     left.axhline(1, color="#D22030", lw=1.5)
     left.set_xticks(range(len(shapes)), shapes)
     left.set_ylim(0, 1.3)
+    left.set_ylabel("tokens/s, of plain")
     left.set_title("training speed relative to the plain model (red)", loc="left", fontsize=11)
     left.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
-    parts = {"depth forward": "#56B4E9", "depth dq": "#0072B2", "depth dk, dv": "#003A5D", "rest": "#CCCCCC"}
+    parts = {"depth forward": "#A6CEE3", "depth dq": "#56B4E9", "depth dk, dv": "#0072B2", "rest": "#CCCCCC"}
     for x, name in enumerate(shapes):
         info, bottom = results[name]["rows"], 0.0
         plain = median(info["plain"]["ms"])
@@ -568,12 +569,14 @@ def plot_train(results, path):
             right.bar(x, ms / plain, 0.5, bottom, color=color, label=label if x == 0 else None)
             bottom += ms / plain
         floor = info["row 4"]["floor_ms"] / plain
-        right.plot([x - 0.3, x + 0.3], [floor] * 2, color="#222222", lw=2, label="floor" if x == 0 else None)
+        label = "floor: all but a second reading for dk, dv" if x == 0 else None
+        right.plot([x - 0.33, x + 0.33], [floor] * 2, color="#222222", lw=2, label=label)
     right.set_xticks(range(len(shapes)), shapes)
     right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     right.set_title("row 4: extra GPU time, of the plain step", loc="left", fontsize=11)
-    right.legend(frameon=False, fontsize=9)
-    right.set_ylim(0, 1.5 * right.get_ylim()[1])
+    handles, labels = right.get_legend_handles_labels()
+    right.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="upper left")  # in the order of the stack
+    right.set_ylim(0, 1.35 * right.get_ylim()[1])
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(f"{results[shapes[0]]['machine']['gpu']}, bf16, forward + backward", fontsize=11)

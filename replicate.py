@@ -59,7 +59,7 @@ ROWS = {  # name: (what it is, changes to the config)
 PAPER = {(24, "post"): (3.4740, 3.4537, 3.4338), (48, "post"): (3.4062, 3.3653, 3.3484),
          (48, "pre"): (3.3800, 3.3759, 3.3656)}  # Table 6: plain, row 3, row 4; FineWeb-Edu  # fmt: skip
 BATCH, WARMUP = 16, 300  # sequences of 512 tokens; steps
-NAMES = {"adamw": "AdamW", "muon": "Muon"}  # the optimizers
+NAMES = {"muon": "Muon", "adamw": "AdamW"}  # the optimizers
 # the best for plain with 24 layers, of those in results/quality.md; pre-norm with Muon was run at this one only
 LR = {"muon": {"post": 1e-3, "pre": 1e-3}, "adamw": {"post": 1e-3, "pre": 2e-3}}
 
@@ -273,46 +273,51 @@ layers that read any; the first runs did not record it."""
 
 
 def plot(groups):
-    """Rows 3 and 4 minus plain of the same seed: over training, where most was run; and at the end, everywhere."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colors, names = {"row3": "#E69F00", "row4": "#009E73"}, []
-    _, most_norm, _, most_epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
+    """Rows 3 and 4 minus plain of the same seed over training, where most was run; every row's difference at the end,
+    an optimizer a panel."""
+    colors, points = {"row3": "#E69F00", "row4": "#009E73"}, {}
+    for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items(), key=lambda x: (x[0][2] == "adamw", x[0])):
+        title = f"{n_layer} layers, {norm}-norm" + f", {epochs:g} epochs" * (epochs != 1)
+        for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
+            delta, paper = differences(rows, row), paper_difference(n_layer, norm, row) if epochs == 1 else None
+            points.setdefault(optimizer, []).append((f"{title}: {row} ({len(delta)})", row, delta, paper))
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    grid = figure.add_gridspec(max(1, len(points)), 2, height_ratios=[len(p) + 1 for p in points.values()] or None)
+    left = figure.add_subplot(grid[:, 0])
+    _, most_norm, most, most_epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         plain = {line["seed"]: line["curve"] for line in rows.get("plain", [])}
-        for row in (row for row in colors if row in rows and (norm, epochs) == (most_norm, most_epochs)):
-            label = f"{n_layer} layers, {row}, {NAMES[optimizer]}"
+        wanted = (norm, optimizer, epochs) == (most_norm, most, most_epochs)
+        for row in (row for row in colors if row in rows and wanted):
+            label = f"{n_layer} layers: {row}, {ROWS[row][0]}"
             for line in (line for line in rows[row] if line["seed"] in plain):
                 pairs = zip(line["curve"], plain[line["seed"]], strict=True)
                 seen = [(tokens / 1e6, loss - base) for (tokens, _, loss), (*_, base) in pairs if base is not None]
-                style = {"color": colors[row], "ls": "-" if optimizer == "muon" else ":", "lw": n_layer / 20}
-                left.plot(*zip(*seen, strict=True), **style, label=label)
+                left.plot(*zip(*seen, strict=True), color=colors[row], lw=n_layer / 20, label=label)
                 label = None
-    left.axhline(0, color="#D22030", lw=1.5)
-    left.set(xlabel="training tokens (millions)", ylabel="nats per token", ylim=(-0.06, 0.16))
-    left.set_title(f"validation loss minus plain, {most_norm}-norm, one line a seed", loc="left", fontsize=11)
-    if len(left.lines) > 1:
-        left.legend(frameon=False, loc="upper right")
-    for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
-        for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
-            delta, paper = differences(rows, row), paper_difference(n_layer, norm, row)
-            mean, color = statistics.mean(delta), colors.get(row, "#0072B2")
+    left.axhline(0, color="#D22030", lw=1.5, label="plain")
+    left.set(xlabel="training tokens (millions)", ylabel="nats per token, lower is better")
+    title = f"{NAMES[most]}, {most_norm}-norm: loss on a validation sample, minus plain"
+    left.set_title(title, loc="left", fontsize=10)
+    left.legend(frameon=False, loc="upper right")
+    for i, (optimizer, rows) in enumerate(points.items()):
+        axes = figure.add_subplot(grid[i, 1])
+        for y, (_, row, delta, paper) in enumerate(rows):
+            mean, color = statistics.mean(delta), colors.get(row, "#767676")
             if mean < 0.3:
                 error = statistics.stdev(delta) if len(delta) > 1 else None
-                right.errorbar(mean, len(names), xerr=error, fmt="o", color=color, capsize=4)
+                axes.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=4, zorder=3)
             else:  # far off, such as stuck at the unigram loss
-                right.plot(0.3, len(names), ">", color=color)
-                right.text(0.29, len(names), f"+{mean:.2f}", ha="right", va="center", fontsize=9)
+                axes.plot(0.3, y, ">", color=color)
+                axes.text(0.29, y, f"+{mean:.2f}", ha="right", va="center", fontsize=9)
             if paper is not None:
-                right.plot(paper, len(names), "D", color="#222222", mfc="white", ms=6)
-            names.append(f"{n_layer} layers, {norm}, {NAMES[optimizer]}, {epochs:g} ep., {row} ({len(delta)})")
-    right.axvline(0, color="#D22030", lw=1.5)
-    right.set_xlim(right=0.31)
-    right.set_yticks(range(len(names)), names, fontsize=9)
-    right.invert_yaxis()
-    right.set_title("minus plain (seeds); diamonds: the paper", loc="left", fontsize=11)
-    right.set_xlabel("nats per token")
-    for axes in (left, right):
+                axes.plot(paper, y, "D", color="#222222", mfc="white", ms=6)
+        axes.axvline(0, color="#D22030", lw=1.5)
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(f"{NAMES[optimizer]}: at the end, minus plain (pairs)", loc="left", fontsize=10)
+        axes.set_xlabel("nats per token; diamonds: the paper, other data" if i == len(points) - 1 else None)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "results" / "quality.png", dpi=130)
 
