@@ -581,7 +581,12 @@ def test_autocast_leaves_float64_alone():
 
 
 @pytest.mark.parametrize(
-    "device, dtype", [("cpu", torch.float16), pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu)]
+    "device, dtype",
+    [
+        ("cpu", torch.float16),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
+    ],
 )
 @pytest.mark.parametrize("n_slot", [1, 2, 5, 9])
 @pytest.mark.parametrize(
