@@ -585,10 +585,12 @@ def slots_backward(readers, table, depth_k, depth_v, first, last, dtype, sums, s
         n_reader = triton.next_power_of_2(triton.cdiv(4 * n_kv_head, n_head))
         rows, cols, num_warps, num_stages = 32, 16, 1, 3
     else:
-        n_reader, cols, num_warps, num_stages = min(16, max(1, 32 // group)), 16 if n_slot <= 8 else 32, 2, 2
-        rows = 2 * group * n_reader
+        n_reader = min(16, max(1, (32 if q.shape[3] <= 128 else 16) // group))
+        rows, cols, num_warps, num_stages = 2 * group * n_reader, 16 if n_slot <= 8 else 32, 2, 2
     if q.dtype == torch.float32:  # without tensor cores, where large tiles take minutes to compile
         n_reader, rows = max(1, 16 // group), 16
+    if q.dtype == torch.float32 or q.shape[3] > 64:  # or the registers of fewer warps overflow
+        num_warps, num_stages = 4, 1
     sum_k, sum_v = (lse, lse) if sums is None else sums  # to point anywhere, in float32
     strides = [x.stride()[:-1] for x in (q, do, depth_k, depth_k if sums is None else sum_k, out[0])]
     args = (table, depth_k, depth_v, sum_k, sum_v, *out, *strides)
