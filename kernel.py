@@ -580,15 +580,16 @@ def slots_backward(readers, table, depth_k, depth_v, first, last, dtype, sums, s
     out = [x.new_empty(n_slot, *x.shape[1:], dtype=dtype) for x in (depth_k, depth_v)]
     # What was fastest with 1 to 4 heads a group (results/NOTES.md): for a layer's own slots about 8 tokens, so that one
     # tile of 16 columns holds them all, for a block's about 2, and as many readers as make 32 or 64 rows of that.
-    group = triton.next_power_of_2(n_head // n_kv_head)
+    group = n_head // n_kv_head
+    padded = triton.next_power_of_2(group)
     if n_slot <= 2:
-        n_reader = triton.next_power_of_2(triton.cdiv(4 * n_kv_head, n_head))
+        n_reader = triton.next_power_of_2(triton.cdiv(4, group))
         rows, cols, num_warps, num_stages = 32, 16, 1, 3
     else:
-        n_reader = min(16, max(1, (32 if q.shape[3] <= 128 else 16) // group))
-        rows, cols, num_warps, num_stages = 2 * group * n_reader, 16 if n_slot <= 8 else 32, 2, 2
+        n_reader = min(16, max(1, (32 if q.shape[3] <= 128 else 16) // padded))
+        rows, cols, num_warps, num_stages = 2 * padded * n_reader, 16 if n_slot <= 8 else 32, 2, 2
     if q.dtype == torch.float32:  # without tensor cores, where large tiles take minutes to compile
-        n_reader, rows = max(1, 16 // group), 16
+        n_reader, rows = max(1, 16 // padded), 16
     if q.dtype == torch.float32 or q.shape[3] > 64:  # or the registers of fewer warps overflow
         num_warps, num_stages = 4, 1
     sum_k, sum_v = (lse, lse) if sums is None else sums  # to point anywhere, in float32

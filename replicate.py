@@ -276,13 +276,14 @@ def plot(groups):
     """Rows 3 and 4 minus plain of the same seed over training, where most was run; every row's difference at the end,
     an optimizer a panel."""
     colors, points = {"row3": "#E69F00", "row4": "#009E73"}, {}
-    for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items(), key=lambda x: (x[0][2] == "adamw", x[0])):
+    for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         title = f"{n_layer} layers, {norm}-norm" + f", {epochs:g} epochs" * (epochs != 1)
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row) if epochs == 1 else None
             points.setdefault(optimizer, []).append((f"{title}: {row} ({len(delta)})", row, delta, paper))
+    panels = [(optimizer, points[optimizer]) for optimizer in NAMES if optimizer in points]
     figure = Figure(figsize=(12, 5), layout="constrained")
-    grid = figure.add_gridspec(max(1, len(points)), 2, height_ratios=[len(p) + 1 for p in points.values()] or None)
+    grid = figure.add_gridspec(max(1, len(panels)), 2, height_ratios=[len(rows) + 1 for _, rows in panels] or None)
     left = figure.add_subplot(grid[:, 0])
     _, most_norm, most, most_epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
@@ -300,7 +301,7 @@ def plot(groups):
     title = f"{NAMES[most]}, {most_norm}-norm: loss on a validation sample, minus plain"
     left.set_title(title, loc="left", fontsize=10)
     left.legend(frameon=False, loc="upper right")
-    for i, (optimizer, rows) in enumerate(points.items()):
+    for i, (optimizer, rows) in enumerate(panels):
         axes = figure.add_subplot(grid[i, 1])
         for y, (_, row, delta, paper) in enumerate(rows):
             mean, color = statistics.mean(delta), colors.get(row, "#767676")
@@ -316,7 +317,7 @@ def plot(groups):
         axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(f"{NAMES[optimizer]}: at the end, minus plain (pairs)", loc="left", fontsize=10)
-        axes.set_xlabel("nats per token; diamonds: the paper, other data" if i == len(points) - 1 else None)
+        axes.set_xlabel("nats per token; diamonds: the paper, other data" if i == len(panels) - 1 else None)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "results" / "quality.png", dpi=130)

@@ -242,31 +242,18 @@ def evaluate(model, x, y, n_byte, batch_size):
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon for one group of matrices, those of one shape at a time: a deep and narrow model would wait for
-    thousands of small kernels. The rate may be a tensor, so that a step can be recorded as a CUDA graph."""
+    """PyTorch's Muon for one group of matrices: its step at a learning rate of 1, scaled afterwards. That way the rate
+    may be a tensor on the GPU, and the step's thousands of small kernels be recorded as a CUDA graph."""
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        a, b, c = group["ns_coefficients"]
-        shapes = {}
-        for p in group["params"]:
-            shapes.setdefault(p.shape, []).append(p)
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        for shape, matrices in shapes.items():
-            grads, momenta = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            x = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).bfloat16()  # Nesterov; (n, *shape)
-            x = x.mT if shape[0] > shape[1] else x
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-            for _ in range(group["ns_steps"]):  # Newton-Schulz: singular values go to about 1
-                gram = x @ x.mT
-                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-            x = x.mT if shape[0] > shape[1] else x
-            step = group["lr"] * 0.2 * max(shape) ** 0.5  # as large as AdamW's, for one rate to serve both
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(matrices, list(x.float() * step))
+        lr, before = group["lr"], [p.clone() for p in group["params"]]
+        group["lr"] = 1.0
+        super().step()
+        group["lr"] = lr
+        for p, old in zip(group["params"], before, strict=True):
+            p.copy_(old.lerp_(p, lr))  # the update and the weight decay are both proportional to the rate
 
 
 def make_optimizers(model, config):
@@ -278,7 +265,8 @@ def make_optimizers(model, config):
     adamw = torch.optim.AdamW([tables, vectors], config.lr, (config.beta1, config.beta2), fused=True)
     if config.optimizer == "adamw":
         return [adamw]
-    return [adamw, Muon(matrices, config.lr, decay)]
+    # match_rms_adamw makes Muon's updates as large as AdamW's, hence the one lr
+    return [adamw, Muon(matrices, config.lr, decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def write_atomically(path, write):

@@ -482,20 +482,18 @@ def test_learning_rate_warms_up_and_decays():
 
 @pytest.mark.parametrize("rate", [1e-2, torch.tensor(1e-2)])
 def test_muon_steps_like_pytorchs(rate):
-    """Both orthogonalise in bfloat16, where a product of many matrices may round otherwise than one of two."""
+    """A step scaled afterwards rounds otherwise: by 2**-24 of what Muon adds at a rate of 1, which is about 1 here."""
     torch.manual_seed(0)
-    shapes = [(8, 24), (24, 8), (16, 8), (8, 24)]
-    ours = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    ours = [torch.randn(8, 24, requires_grad=True), torch.randn(16, 8, requires_grad=True)]
     theirs = [w.detach().clone().requires_grad_() for w in ours]
-    before = [w.detach().clone() for w in ours]
-    muons = [train_small.Muon(ours, rate, 0.1), torch.optim.Muon(theirs, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")]
+    muons = [train_small.Muon(ours, rate, 0.1), torch.optim.Muon(theirs, 1e-2, 0.1)]
     for _ in range(5):
         for w, v in zip(ours, theirs, strict=True):
             w.grad = v.grad = torch.randn_like(w)
         for muon in muons:
             muon.step()
-    for w, v, old in zip(ours, theirs, before, strict=True):
-        assert (w - v).norm() <= 2**-6 * (v - old).norm()
+    for w, v in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(w, v, rtol=0, atol=1e-6)
     assert muons[0].param_groups[0]["lr"] is rate
 
 
