@@ -241,7 +241,7 @@ Written by `python replicate.py report` from quality.jsonl. Loss in nats per tok
 whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps. Each row at the best
 learning rate and warmup of those tried for it (of: how many), which is judged by one seed, where seeds differ: all runs
 are below. The difference is to the plain model of the same seed (in brackets, how many pairs), and beside it that of
-the paper's Table 6, on other data and many more tokens. Depth: the share of attention that slots get, averaged over the
+the paper's Table 6, on other data. Depth: the share of attention that slots get, averaged over the
 layers that read any; the first runs did not record it."""
     ]
     for group, rows in sorted(groups.items()):
