@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import lzma
+import math
 import re
 import statistics
 from dataclasses import asdict, replace
@@ -260,6 +261,17 @@ layers that read any; the first runs did not record it."""
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
             cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
             text.append(f"| {' | '.join(cells)} |")
+    text += ["\n## Minus plain at the same learning rate, warmup and seed\n"]
+    text += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
+    for group, rows in sorted(tried.items()):
+        for setting, plain in sorted(rows.get("plain", {}).items()):
+            at_this = {row: list(tries[setting].values()) for row, tries in rows.items() if setting in tries}
+            delta = {row: differences(at_this, row) for row in ("row3", "row4") if row in at_this}
+            if any(delta.values()):
+                settings = [f"{x:g}" if isinstance(x, float) else NAMES.get(x, str(x)) for x in (*group, *setting)]
+                cells = [f"{spread(d)} ({len(d)})" if (d := delta.get(row)) else "" for row in ("row3", "row4")]
+                losses = spread([line["val_loss"] for line in plain.values()])
+                text.append(f"| {' | '.join([*settings, losses, *cells])} |")
     names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
     text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
@@ -268,13 +280,13 @@ layers that read any; the first runs did not record it."""
     ran_on = {f"{m['device']}, torch {m['torch']}, commit {m['commit']}" for m in (line["machine"] for line in lines)}
     text.append(f"\nRun on: {'; '.join(sorted(ran_on))}.")
     (ROOT / "results" / "quality.md").write_text("\n".join(text) + "\n")
-    plot(groups)
+    plot(groups, tried)
     print("wrote results/quality.md and results/quality.png")
 
 
-def plot(groups):
-    """Rows 3 and 4 minus plain of the same seed over training, where most was run; every row's difference at the end,
-    an optimizer a panel."""
+def plot(groups, tried):
+    """Where most was run: rows 3 and 4 minus plain of the same seed over training, and the loss at each learning rate.
+    Every row's difference at the end, an optimizer a panel."""
     colors, points = {"row3": "#E69F00", "row4": "#009E73"}, {}
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         title = f"{n_layer} layers, {norm}-norm" + f", {epochs:g} epochs" * (epochs != 1)
@@ -282,9 +294,10 @@ def plot(groups):
             delta, paper = differences(rows, row), paper_difference(n_layer, norm, row) if epochs == 1 else None
             points.setdefault(optimizer, []).append((f"{title}: {row} ({len(delta)})", row, delta, paper))
     panels = [(optimizer, points[optimizer]) for optimizer in NAMES if optimizer in points]
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    grid = figure.add_gridspec(max(1, len(panels)), 2, height_ratios=[len(rows) + 1 for _, rows in panels] or None)
-    left = figure.add_subplot(grid[:, 0])
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    columns = figure.add_gridspec(1, 2)
+    left, below = (figure.add_subplot(cell) for cell in columns[0].subgridspec(2, 1))
+    grid = columns[1].subgridspec(max(1, len(panels)), 1, height_ratios=[len(rows) + 1 for _, rows in panels] or None)
     _, most_norm, most, most_epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         plain = {line["seed"]: line["curve"] for line in rows.get("plain", [])}
@@ -300,9 +313,25 @@ def plot(groups):
     left.set(xlabel="training tokens (millions)", ylabel="nats per token, lower is better")
     title = f"{NAMES[most]}, {most_norm}-norm: loss on a validation sample, minus plain"
     left.set_title(title, loc="left", fontsize=10)
-    left.legend(frameon=False, loc="upper right")
+    left.legend(frameon=False, loc="lower right", fontsize=9)
+    searched, lowest = {"plain": "#D22030", **colors}, math.inf
+    for (n_layer, *group), rows in sorted(tried.items()):
+        for row, color in searched.items():
+            runs = [(lr, by_seed[0]["val_loss"]) for (lr, warmup), by_seed in sorted(rows.get(row, {}).items())
+                    if warmup == WARMUP and 0 in by_seed]  # fmt: skip
+            if group == [most_norm, most, most_epochs] and len(runs) > 2:
+                label = f"{n_layer} layers: {row}"
+                below.plot(*zip(*runs, strict=True), "o-", color=color, lw=n_layer / 20, label=label)
+                lowest = min(lowest, *(loss for _, loss in runs))
+    if lowest < math.inf:
+        below.set_ylim(lowest - 0.01, lowest + 0.2)  # what got stuck is far above
+        below.legend(frameon=False, fontsize=9)
+    below.set(xscale="log", xlabel="learning rate", ylabel="nats per token, at the end")
+    below.set_xticks(rates := (5e-4, 1e-3, 2e-3, 4e-3), [f"{lr:g}" for lr in rates])
+    below.set_xticks([], minor=True)
+    below.set_title(f"{NAMES[most]}, {most_norm}-norm: at each learning rate, seed 0", loc="left", fontsize=10)
     for i, (optimizer, rows) in enumerate(panels):
-        axes = figure.add_subplot(grid[i, 1])
+        axes = figure.add_subplot(grid[i])
         for y, (_, row, delta, paper) in enumerate(rows):
             mean, color = statistics.mean(delta), colors.get(row, "#767676")
             if mean < 0.3:
@@ -317,7 +346,7 @@ def plot(groups):
         axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(f"{NAMES[optimizer]}: at the end, minus plain (pairs)", loc="left", fontsize=10)
-        axes.set_xlabel("nats per token; diamonds: the paper, other data" if i == len(panels) - 1 else None)
+        axes.set_xlabel("nats per token; diamonds: the paper" if i == len(panels) - 1 else None)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "results" / "quality.png", dpi=130)
