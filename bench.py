@@ -693,9 +693,43 @@ def bench_scale(args):
             print(*rows[-1], sep=" | ", flush=True)
             point = {"value": value, "B": B, "slots_read": n_read, "slots_GB": slots_GB}
             result["sweeps"][sweep].append(point | {"plain": plain, "row 4": moda})
-        write("scale", result)
+        path = write("scale", result)
     print()
     table(rows)
+    plot_scale(result, path.with_suffix(".png"))
+
+
+def plot_scale(result, path):
+    """Time of the plain model, and what depth adds to it, over n_layer, T and the window."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
+    titles = {
+        "n_layer": "T = 2048, B = 8",
+        "T": "24 layers, 32,768 tokens",
+        "depth_window": "48 layers, T = 2048, B = 8",
+    }
+    kinds = {"train": ("training step", "#0072B2"), "prefill": ("prefill", "#E69F00")}
+    for ax, (sweep, points) in zip(panels, result["sweeps"].items(), strict=True):
+        x = [point["value"] or 94 for point in points]  # no window: the last of 48 layers reads 94 slots
+        for kind, (label, color) in kinds.items():
+            plain = [median(point["plain"][kind]) for point in points]
+            extra = [median(point["row 4"][kind]) - ms for point, ms in zip(points, plain, strict=True)]
+            ax.plot(x, plain, "o--", color=color, mfc="white", label=f"{label}, plain")
+            ax.plot(x, extra, "o-", color=color, label=f"{label}, row 4 adds")
+        ax.set(xscale="log", yscale="log", xlabel=sweep)
+        ax.set_xticks(x, ["all" if point["value"] is None else f"{point['value']}" for point in points])
+        ax.set_xticks([], minor=True)
+        ax.set_title(titles[sweep], loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("ms")
+    panels[0].legend(frameon=False, fontsize=9)
+    fig.suptitle(f"{result['machine']['gpu']}, bf16, 512 wide, 8 heads, 2 kv heads, not compiled", fontsize=11)
+    fig.savefig(path, dpi=130)
+    print(f"wrote {path.relative_to(ROOT)}")
 
 
 def main():
