@@ -8,16 +8,14 @@
 
 Variants take turns, repetition by repetition, so that a drift of the clock hits all alike; differences are medians
 over the turns. Nothing is timed before it has been checked: `kernel` against the equation in float64 on the same
-tensors, `train` against the portable path (loss and every gradient), `generate` token by token. `scale` is the
-exception: for want of memory it times one model after the other, and leaves the checking to `train`.
+tensors, `train` against the portable path (loss and every gradient), `generate` token by token, in float32. `scale` is
+the exception: for want of memory it times one model after the other, and leaves the checking to `train`.
 """
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import time
 from dataclasses import replace
 from functools import partial
@@ -25,11 +23,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
 from kernel import moda_attention, moda_attention_reference
 from moda import PRESETS, MoDA, MoDAConfig, capture, flops
+from train_small import commit
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
@@ -45,15 +46,13 @@ median = statistics.median
 
 
 def machine():
-    """What the numbers were measured on, and with which code. Where that was copied without its git history, the
-    environment variable COMMIT can name it: COMMIT=$(git describe --always --dirty --abbrev=40)."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    """What the numbers were measured on, and with which code."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": kernel.triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "commit": os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -339,12 +338,8 @@ def ladder(reps):
 
 def plot_kernel(result, path):
     """Time relative to FlashAttention-2 without depth, ours and the paper's; and the ladder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained")
+    fig = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=(2, 1))
     labels, ours, cudnn, paper = [], [], [], []
     for s in result["settings"]:
         m = {name: median(ms) for name, ms in s["ms"].items()}
@@ -535,12 +530,8 @@ def bench_train(args):
 
 def plot_train(results, path):
     """Tokens per second relative to the plain model, beside what bytes and FLOPs allow; where the extra time goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    fig = Figure(figsize=(12, 4.4), layout="constrained")
+    left, right = fig.subplots(1, 2)
     shapes, width = [name for name in SHAPES if name in results], 0.26
     colors = {"row 3": "#E69F00", "row 4": "#009E73", "row 4, window 16": "#CC79A7"}
     for i, (row, color) in enumerate(colors.items()):
@@ -572,7 +563,7 @@ def plot_train(results, path):
         label = "floor: all but a second reading for dk, dv" if x == 0 else None
         right.plot([x - 0.33, x + 0.33], [floor] * 2, color="#222222", lw=2, label=label)
     right.set_xticks(range(len(shapes)), shapes)
-    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
     right.set_title("row 4: extra GPU time, of the plain step", loc="left", fontsize=11)
     handles, labels = right.get_legend_handles_labels()
     right.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="upper left")  # in the order of the stack
@@ -639,6 +630,7 @@ SWEEPS = {
     "T": [({"block_size": T}, 32_768 // T) for T in (512, 2048, 8192, 32_768)],
     "depth_window": [({"n_layer": 48, "depth_window": n}, 8) for n in (4, 16, 64, None)],
 }
+TITLES = {"n_layer": "T = 2048, B = 8", "T": "24 layers, 32,768 tokens", "depth_window": "48 layers, T = 2048, B = 8"}
 
 
 def scale_model(config, B, reps):
@@ -701,17 +693,8 @@ def bench_scale(args):
 
 def plot_scale(result, path):
     """Time of the plain model, and what depth adds to it, over n_layer, T and the window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
-    titles = {
-        "n_layer": "T = 2048, B = 8",
-        "T": "24 layers, 32,768 tokens",
-        "depth_window": "48 layers, T = 2048, B = 8",
-    }
+    fig = Figure(figsize=(12, 4), layout="constrained")
+    panels = fig.subplots(1, 3, sharey=True)
     kinds = {"train": ("training step", "#0072B2"), "prefill": ("prefill", "#E69F00")}
     for ax, (sweep, points) in zip(panels, result["sweeps"].items(), strict=True):
         x = [point["value"] or 94 for point in points]  # no window: the last of 48 layers reads 94 slots
@@ -723,7 +706,7 @@ def plot_scale(result, path):
         ax.set(xscale="log", yscale="log", xlabel=sweep)
         ax.set_xticks(x, ["all" if point["value"] is None else f"{point['value']}" for point in points])
         ax.set_xticks([], minor=True)
-        ax.set_title(titles[sweep], loc="left", fontsize=10)
+        ax.set_title(TITLES[sweep], loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("ms")
     panels[0].legend(frameon=False, fontsize=9)

@@ -49,9 +49,10 @@ def _full_precision(x):
 def moda_attention_weights(q, k, depth_k=None, *, causal=True, scale=None):
     """The joint softmax of MoDA, as a matrix. For looking, and for the reference; needs O(T_q * T_kv) memory.
 
-    Arguments as in `moda_attention`. Returns (p, lse): p (B, n_head, T_q, T_kv + n_slot), whose rows sum to 1,
-    sequence columns first; lse (B, n_head, T_q). Both in float32, or in float64 for float64 inputs.
+    Arguments and errors as in `moda_attention`. Returns (p, lse): p (B, n_head, T_q, T_kv + n_slot), whose rows sum to
+    1, sequence columns first; lse (B, n_head, T_q). Both in float32, or in float64 for float64 inputs.
     """
+    _check(q, k, k, depth_k, depth_k, causal)
     n_head, T_q, head_dim = q.shape[1:]
     n_kv_head, T_kv = k.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
@@ -267,7 +268,8 @@ def _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale):
 # that a matrix unit takes, are enough: the depth half does little arithmetic on many bytes.
 #
 # `jit` is an identity where there is no Triton, so that this file imports everywhere. It compiles a kernel anew for
-# numbers that are 1 or multiples of 16: strides profit from that, numbers of slots only multiply the kernels.
+# numbers that are 1 or multiples of 16: strides profit from that, numbers of slots and readers only multiply the
+# kernels, so all but n_slot itself are excepted.
 
 jit = triton.jit if triton else lambda fn=None, **_: fn or (lambda fn: fn)
 
@@ -540,7 +542,7 @@ def _fused_forward(q, k, v, depth_k, depth_v, causal, scale, rows=128):
     if q.dtype == torch.float32:  # without tensor cores; it is for checking, and large tiles take minutes to compile
         rows = 16
     elif q.shape[3] > 128:
-        rows = 64
+        rows = min(rows, 64)
     num_warps = 8 if rows >= 128 else 4
     _launch(_forward_kernel, q, k.shape[1], rows, 64, args, CAUSAL=causal, CONTINUE=False, num_warps=num_warps)
     return o, lse
@@ -568,26 +570,26 @@ def slots_backward(readers, table, depth_k, depth_v, first, last, dtype, sums, s
 
     readers: (q, do, lse, delta, start) of each, deepest first, q, do (B, n_head, T, head_dim), lse, delta (B, n_head,
     T), of layers that read the slots from `start` to at least last-1, all laid out alike, rows at multiples of 16
-    bytes; table (n_reader, 8): the rows that `_depth_backward_triton` filled for them. depth_k, depth_v (n_slot, B,
+    bytes; table (n_reader, 8): the rows that `_depth_backward_triton` filled for them. depth_k, depth_v (n_all, B,
     n_kv_head, T, head_dim). sums: two in float32, of the slots from `sum_first` on, to begin with, or None.
     """
     if not readers:  # all of them are in sums
         return [x[first - sum_first : last - sum_first].to(dtype) for x in sums]
-    n_slot, unread = last - first, sum(start >= last for *_, start in readers)  # their windows have moved on
+    n_out, unread = last - first, sum(start >= last for *_, start in readers)  # their windows have moved on
     readers, table = readers[unread:], table[unread:]
     q, do, lse = readers[0][:3]
     n_head, T, n_kv_head = *q.shape[1:3], depth_k.shape[2]
-    out = [x.new_empty(n_slot, *x.shape[1:], dtype=dtype) for x in (depth_k, depth_v)]
+    out = [x.new_empty(n_out, *x.shape[1:], dtype=dtype) for x in (depth_k, depth_v)]
     # What was fastest with 1 to 4 heads a group (results/NOTES.md): for a layer's own slots about 8 tokens, so that one
     # tile of 16 columns holds them all, for a block's about 2, and as many readers as make 32 or 64 rows of that.
     group = n_head // n_kv_head
     padded = triton.next_power_of_2(group)
-    if n_slot <= 2:
+    if n_out <= 2:
         n_reader = triton.next_power_of_2(triton.cdiv(4, group))
         rows, cols, num_warps, num_stages = 32, 16, 1, 3
     else:
         n_reader = min(16, max(1, (32 if q.shape[3] <= 128 else 16) // padded))
-        rows, cols, num_warps, num_stages = 2 * padded * n_reader, 16 if n_slot <= 8 else 32, 2, 2
+        rows, cols, num_warps, num_stages = 2 * padded * n_reader, 16 if n_out <= 8 else 32, 2, 2
     if q.dtype == torch.float32:  # without tensor cores, where large tiles take minutes to compile
         n_reader, rows = max(1, 16 // padded), 16
     if q.dtype == torch.float32 or q.shape[3] > 64:  # or the registers of fewer warps overflow

@@ -55,6 +55,8 @@ class MoDAConfig:
             valid = (type(value) is int and value >= 1) or (value is None and field.type == int | None)
             if field.type in (int, int | None) and not valid:
                 raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} must be True or False, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.head_dim % 2:
@@ -63,7 +65,7 @@ class MoDAConfig:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.norm not in ("pre", "post"):
             raise ValueError(f'norm must be "pre" or "post", got {self.norm!r}')
-        if not self.rope_theta > 0:
+        if not isinstance(self.rope_theta, int | float) or not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be positive, got {self.rope_theta!r}")
         for field in ("ffn_kv", "attn_kv"):
             if getattr(self, field) and not self.depth_kv:
@@ -138,8 +140,8 @@ class DepthStream:
     """
 
     def __init__(self, config, impl=None):
-        self.impl, self.n_slot = impl, config.slot_range(config.n_layer - 1)[1]
-        self.k, self.v = [None] * self.n_slot, [None] * self.n_slot
+        self.impl, self.n_all = impl, config.slot_range(config.n_layer - 1)[1]  # slots, of all layers
+        self.k, self.v = [None] * self.n_all, [None] * self.n_all
         self.with_grad = {}  # slot: whether gradients were on when it was written
 
     def write(self, slot, k, v):
@@ -177,8 +179,8 @@ class FastDepthStream(DepthStream):
 
     def __init__(self, config, impl=None):
         super().__init__(config, impl)
-        self.order = torch.zeros((), requires_grad=True)
-        self.slots = _Slots(self.n_slot, len(config.kinds))  # apart, so that the graph does not hold on to itself
+        self.order = torch.zeros(())
+        self.slots = _Slots(self.n_all, len(config.kinds))  # apart, so that the graph does not hold on to itself
 
     def write(self, slot, k, v):
         self.with_grad[slot] = torch.is_grad_enabled()
@@ -200,12 +202,12 @@ class FastDepthStream(DepthStream):
 
 
 class _Slots:
-    """Buffers (n_slot, B, n_kv_head, T, head_dim) of a FastDepthStream, and what its backward has gathered so far."""
+    """Buffers (n_all, B, n_kv_head, T, head_dim) of a FastDepthStream, and what its backward has gathered so far."""
 
     BLOCK = 8  # layers; at 24 and 48 layers, with groups from 1 to 4, no other number moves much fewer bytes
 
-    def __init__(self, n_slot, per_layer):
-        self.n_slot, self.per_layer, self.k, self.v = n_slot, per_layer, None, None
+    def __init__(self, n_all, per_layer):
+        self.n_all, self.per_layer, self.k, self.v = n_all, per_layer, None, None
         self.begin_backward()
 
     def begin_backward(self):
@@ -216,7 +218,7 @@ class _Slots:
 
     def write(self, slot, k, v):
         if self.k is None:
-            self.k, self.v = (x.new_empty(self.n_slot, *x.shape) for x in (k, v))
+            self.k, self.v = (x.new_empty(self.n_all, *x.shape) for x in (k, v))
         self.k[slot], self.v[slot] = k, v
 
     def read(self, start, stop):
@@ -230,7 +232,7 @@ class _Slots:
         """A layer's attention is being differentiated: add the depth part to dq, and keep what the slots need of it.
         Rows of q and do start at multiples of 16 bytes, as `MoDA._stream` makes sure (head_dim % 8)."""
         if self.table is None:
-            self.table = torch.empty(self.n_slot // self.per_layer, 8, dtype=torch.int64, device=q.device)
+            self.table = torch.empty(self.n_all // self.per_layer, 8, dtype=torch.int64, device=q.device)
         args = (do, q, *self.read(start, stop), o, lse, q.shape[-1] ** -0.5, dq)
         delta = kernel._depth_backward_triton(*args, reader=self.table[len(self.readers)], first=start)
         self.readers.append((q.detach(), do, lse, delta, start))
@@ -283,7 +285,7 @@ class _Attend(torch.autograd.Function):
         if dorder is None:  # nothing later was read: this backward starts here
             ctx.slots.begin_backward()
             dorder = torch.zeros(())
-        do = kernel._laid_out(do, q)
+        do = torch.zeros_like(q) if do is None else kernel._laid_out(do, q)  # None: only its slots were used
         dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, q.shape[-1] ** -0.5)
         if ctx.stop > ctx.start:
             ctx.slots.add_reader(do, q, o, lse, dq, ctx.start, ctx.stop)
@@ -539,7 +541,7 @@ class MoDA(nn.Module):
         block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a cache:
         a sliding cache would not equal the model without one, as deep keys still carry what was dropped.
         """
-        if temperature < 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
             raise ValueError(f"need temperature >= 0, max_new_tokens >= 0 and top_k >= 1 or None, {got}")
         if idx.dim() != 2 or idx.numel() == 0:

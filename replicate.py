@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from moda import PRESETS, MoDA
@@ -38,6 +37,7 @@ from train_small import (
     tokenizer_from_json,
     tokenizer_to_json,
     train,
+    validation_windows,
     write_atomically,
 )
 
@@ -163,9 +163,7 @@ def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, optimizer=optimizer, lr=lr,
                          warmup=warmup, save_every=max(1, steps // 4), **settings)  # fmt: skip
     tokens, held_out = (data[part].long().to(device) for part in ("tokens", "held_out"))
-    T = model_config.block_size
-    pad = -(len(held_out) - 1) % T
-    windows = F.pad(held_out[:-1], (0, pad)).view(-1, T), F.pad(held_out[1:], (0, pad), value=-1).view(-1, T)
+    windows = validation_windows(held_out, model_config.block_size)
     name = (cell, steps, optimizer, f"{lr:g}", warmup, f"s{seed}", data["sha256"][0][:8])  # what resuming must not mix
     folder = ROOT / "runs" / "replicate" / "-".join(map(str, name))
     source = {"source": "100 English novels", "sha256": data["sha256"], "bytes": data["bytes"]}
@@ -221,8 +219,8 @@ def differences(rows, row):
     return [line["val_loss"] - plain[line["seed"]] for line in rows[row] if line["seed"] in plain]
 
 
-def paper_difference(n_layer, norm, row):
-    paper = dict(zip(("plain", "row3", "row4"), PAPER.get((n_layer, norm), ()), strict=False))
+def paper_difference(n_layer, norm, row, epochs=1):
+    paper = dict(zip(("plain", "row3", "row4"), PAPER.get((n_layer, norm), ()) if epochs == 1 else (), strict=False))
     return paper[row] - paper["plain"] if row in paper and row != "plain" else None
 
 
@@ -250,7 +248,7 @@ layers that read any; the first runs did not record it."""
         text += [f"\n## {n_layer} layers, {norm}-norm, {NAMES[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
         text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
-            runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row)
+            runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row, epochs)
             cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(len(tried[group][row]))]
             cells += [f"{runs[0]['parameters']:,}", str(len(runs))]
             cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
@@ -265,7 +263,7 @@ layers that read any; the first runs did not record it."""
     text += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
     for group, rows in sorted(tried.items()):
         for setting, plain in sorted(rows.get("plain", {}).items()):
-            at_this = {row: list(tries[setting].values()) for row, tries in rows.items() if setting in tries}
+            at_this = {row: list(runs[setting].values()) for row, runs in rows.items() if setting in runs}
             delta = {row: differences(at_this, row) for row in ("row3", "row4") if row in at_this}
             if any(delta.values()):
                 settings = [f"{x:g}" if isinstance(x, float) else NAMES.get(x, str(x)) for x in (*group, *setting)]
@@ -291,7 +289,7 @@ def plot(groups, tried):
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         title = f"{n_layer} layers, {norm}-norm" + f", {epochs:g} epochs" * (epochs != 1)
         for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
-            delta, paper = differences(rows, row), paper_difference(n_layer, norm, row) if epochs == 1 else None
+            delta, paper = differences(rows, row), paper_difference(n_layer, norm, row, epochs)
             points.setdefault(optimizer, []).append((f"{title}: {row} ({len(delta)})", row, delta, paper))
     panels = [(optimizer, points[optimizer]) for optimizer in NAMES if optimizer in points]
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -334,12 +332,13 @@ def plot(groups, tried):
         axes = figure.add_subplot(grid[i])
         for y, (_, row, delta, paper) in enumerate(rows):
             mean, color = statistics.mean(delta), colors.get(row, "#767676")
-            if mean < 0.3:
+            if abs(mean) < 0.3:
                 error = statistics.stdev(delta) if len(delta) > 1 else None
                 axes.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=4, zorder=3)
             else:  # far off, such as stuck at the unigram loss
-                axes.plot(0.3, y, ">", color=color)
-                axes.text(0.29, y, f"+{mean:.2f}", ha="right", va="center", fontsize=9)
+                side = math.copysign(1, mean)
+                axes.plot(0.3 * side, y, ">" if side > 0 else "<", color=color)
+                axes.text(0.29 * side, y, f"{mean:+.2f}", ha="right" if side > 0 else "left", va="center", fontsize=9)
             if paper is not None:
                 axes.plot(paper, y, "D", color="#222222", mfc="white", ms=6)
         axes.axvline(0, color="#D22030", lw=1.5)

@@ -2,7 +2,7 @@
 
     python train_small.py                                    Python's own standard library is the text
     python train_small.py --data shakespeare.txt --compare   your text, and the same model without depth KV
-    python train_small.py --resume                           go on with the latest run
+    python train_small.py --resume                           go on with the latest run of this --preset
     torchrun --standalone --nproc_per_node=2 train_small.py  data parallel, on CPUs or GPUs
 
 The run folder gets checkpoint.pt, tokenizer.json, config.json, metrics.jsonl, result.json, sample.txt and loss.png.
@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sysconfig
 import textwrap
+import threading
 import time
 import typing
 from dataclasses import asdict, dataclass, fields, replace
@@ -85,9 +86,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "eval_tokens", "save_every", "lr", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "beta1", "beta2", "sample_tokens", "temperature"):
+        for name in ("warmup", "weight_decay", "seed", "sample_tokens", "temperature"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.seed < 2**32):
+            got = f"{self.beta1}, {self.beta2} and {self.seed}"
+            raise ValueError(f"beta1 and beta2 must be from 0 to below 1, seed below 2**32, got {got}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be None or at least 1, got {self.top_k}")
         if not 0 <= self.decay <= 1:
@@ -301,7 +305,7 @@ def load_run(folder, device="cpu"):
 
 
 def export_run(folder, to):
-    """Copy a run to the folder `to` for others to load with `load_run`: the weights in float16, a sixth of the size."""
+    """Copy a run to the folder `to` for others to load with `load_run`: the weights in float16, no optimizer."""
     folder, to = Path(folder), Path(to)
     state, _ = load_checkpoint(folder)
     to.mkdir(parents=True, exist_ok=True)
@@ -314,7 +318,7 @@ def export_run(folder, to):
 def read_metrics(path, last_step):
     """The rows of metrics.jsonl up to last_step: a crash may have left more of them, and half a one."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if row["step"] <= last_step]
@@ -333,16 +337,23 @@ def plot(path, histories):
     axes.figure.savefig(path, dpi=150)
 
 
-def machine(device):
-    """What the numbers of a run depend on besides its settings. Without git's history, COMMIT in the environment names
-    the commit."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+def commit():
+    """The commit of this code, with "-dirty" if a .py file differs from it, or None. Where the code was copied without
+    its git history, COMMIT in the environment names it."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    git = functools.partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
     try:
-        commit = os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode == 1
+        return (git(["git", "describe", "--always"]).stdout.strip() + "-dirty" * changed) or None
     except OSError:  # no git
-        commit = None
+        return None
+
+
+def machine(device):
+    """What the numbers of a run depend on besides its settings."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {"commit": commit, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
     return versions | {
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device} ({name})",
@@ -363,6 +374,9 @@ def interrupt_between_steps():
             raise KeyboardInterrupt
         asked[0] = True
 
+    if threading.current_thread() is not threading.main_thread():  # where there are no signals
+        yield asked
+        return
     before = signal.signal(signal.SIGINT, ask)
     try:
         yield asked
@@ -397,10 +411,10 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         extra = {"parameters": model.num_params(), "machine": machine(device)}
-        (folder / "config.json").write_text(json.dumps(record | extra, indent=2))
-        (folder / "tokenizer.json").write_text(tokenizer_to_json(tokenizer), encoding="utf-8")
         kept = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(metrics, lambda path: path.write_text(kept))
+        texts = {"config.json": json.dumps(record | extra, indent=2), "tokenizer.json": tokenizer_to_json(tokenizer)}
+        for name, text in (texts | {metrics.name: kept}).items():
+            write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
         print(f"{folder}: {model.num_params():,} parameters, {len(tokens):,} training tokens, on {device}")
 
     n_byte = torch.zeros(tokenizer.n_vocab, dtype=torch.int64)
@@ -533,7 +547,9 @@ def parse_arguments(argv):
     parser.add_argument("--compare", action="store_true", default=argparse.SUPPRESS, help=text)
     parser.add_argument("--out", metavar="FOLDER", help="run folder (runs/PRESET, or the next free runs/PRESET-2, ...)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (the best that is there)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest one")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, or with the latest of --preset"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other setting, as below")
     return vars(parser.parse_args(argv))
 
@@ -560,6 +576,12 @@ def choose_folder(out, preset, resume):
     return Path(out)
 
 
+def validation_windows(tokens, T):
+    """tokens (n_token,) -> (idx, targets), (n_window, T) each: all but the first are predicted once, -1 fills up."""
+    pad = -(len(tokens) - 1) % T
+    return F.pad(tokens[:-1], (0, pad)).view(-1, T), F.pad(tokens[1:], (0, pad), value=-1).view(-1, T)
+
+
 def prepare(options, out, resume, device):
     """Check and load everything that a run needs -> the arguments of `train`. ValueError for what cannot work."""
     model_options = {field.name: options[field.name] for field in fields(MoDAConfig) if field.name in options}
@@ -568,6 +590,8 @@ def prepare(options, out, resume, device):
     folder = choose_folder(out, config.preset, resume)
     if resume:
         state, tokenizer = load_checkpoint(folder)
+        if "optimizers" not in state:
+            raise ValueError(f"the run in {str(folder)!r} is an export, without its optimizer: it cannot go on")
         old = state["train_config"]
         fixed = state["model_config"] | {"vocab_size": state["data"]["vocab_size"]}
         fixed |= {name: old[name] for name in ("preset", "tokenizer", "optimizer")}
@@ -599,9 +623,7 @@ def prepare(options, out, resume, device):
         raise ValueError(f"the text is too short: {len(tokens)} training tokens, but block_size is {T}")
     for side, text, ids in (("train", texts[0], tokens), ("validation", texts[1], held_out)):
         data |= {f"{side}_bytes": len("".join(text).encode()), f"{side}_tokens": len(ids)}
-    pad = -(len(held_out) - 1) % T  # each token but the first <|endoftext|> is predicted once
-    x, y = F.pad(held_out[:-1], (0, pad)).view(-1, T), F.pad(held_out[1:], (0, pad), value=-1).view(-1, T)
-    return folder, config, model_config, tokenizer, tokens, (x, y), data, resume
+    return folder, config, model_config, tokenizer, tokens, validation_windows(held_out, T), data, resume
 
 
 def main(argv=None):

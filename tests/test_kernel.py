@@ -237,6 +237,8 @@ def test_weights_are_the_softmax(n_slot, causal):
         o = o + p[..., 5 + s, None] * depth[1][s].repeat_interleave(2, dim=1)
     want = loops(q, k, v, *(depth if n_slot else ()), causal=causal)
     assert_close({"o": o, "lse": lse}, dict(zip(("o", "lse"), want, strict=True)), 1e-13)
+    with pytest.raises(ValueError, match="T_q <= T_kv"):
+        moda_attention_weights(q, k[:, :, :2])
 
 
 # ------------------------------------------------------------------------------------- every implementation, against it

@@ -667,6 +667,8 @@ def test_defaults_and_presets():
         ({"norm": "both"}, ["norm", "both"]),
         ({"norm": None}, ["norm"]),
         ({"rope_theta": 0}, ["rope_theta"]),
+        ({"rope_theta": "10000"}, ["rope_theta"]),
+        ({"qk_norm": "False"}, ["qk_norm", "True or False"]),
         *(({name: 0}, [name]) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")),
         *(({name: value}, [name]) for name in ("n_layer", "n_hidden") for value in (-3, 2.0, "2", True)),
         ({"n_layer": None}, ["n_layer"]),
@@ -708,7 +710,11 @@ def test_other_errors():
     model, idx = random_model(), tokens()
     with pytest.raises(ValueError, match=r"targets.*\(2, 8\).*\(2, 9\)"):
         model(idx, idx[:, 1:])
-    for options, word in [({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k")]:
+    for options, word in [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+    ]:
         with pytest.raises(ValueError, match=word):
             model.generate(idx, 1, **options)
     with pytest.raises(ValueError, match="max_new_tokens"):
@@ -822,6 +828,37 @@ def test_fast_stream_under_autograd(device, small_blocks):
     assert worst(of_layer_4(model), of_layer_4(plain)) <= TIGHT
     with torch.no_grad():
         torch.testing.assert_close(model(idx)[0].double(), plain(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+@on_each_device
+@pytest.mark.parametrize("row", (3, 4))
+def test_fast_stream_when_only_slots_pass_gradients(row, device):
+    """The residual stream is cut below the last layer: in row 3 nobody asks for the gradient of the attention there."""
+    model, plain, idx, targets = fast_and_plain(device, **ROWS[row], norm="pre")
+
+    def of_slots(model):
+        last = model.blocks[-1]
+        forward, last.forward = last.forward, lambda x, *args: type(last).forward(last, x.detach(), *args)
+        grads = gradients(model, idx, targets)
+        last.forward = forward
+        return {name: grad for name, grad in grads.items() if grad is not None}
+
+    got, want = of_slots(model), of_slots(plain)
+    assert "blocks.0.attn.kv.wv.weight" in want and worst(got, want) <= TIGHT
+    assert not any(got[name].any() for name in got.keys() - want.keys())  # zero instead of None
+
+
+@on_each_device
+def test_fast_stream_of_frozen_weights(device):
+    model, plain, idx, targets = fast_and_plain(device)
+    for m in (model, plain):
+        m.embed.requires_grad_(False)
+        m.blocks[:2].requires_grad_(False)
+    frozen, wanted = (
+        {name: grad for name, grad in gradients(m, idx, targets).items() if grad is not None} for m in (model, plain)
+    )
+    assert frozen.keys() == wanted.keys() and worst(frozen, wanted) <= TIGHT
+    assert not model.requires_grad_(False)(idx)[0].requires_grad
 
 
 @on_each_device

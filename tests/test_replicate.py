@@ -81,9 +81,7 @@ def test_a_table_fills(place, monkeypatch, capsys):
     assert [line["cell"] for line in lines] == ["1l-post-plain", "2l-post-row4"]
     for line in lines:
         assert line["tokens"] == 16 * 512 and line["seed"] == 0 and len(line["sha256"]) == 2
-        assert line["curve"][-1][0] == line["tokens"] and line["curve"][-1][2] == pytest.approx(
-            line["val_loss"], abs=0.5
-        )
+        assert line["curve"][-1][0] == line["tokens"] and line["curve"][-1][2] == line["val_loss"]  # the sample is all
     with pytest.raises(SystemExit, match="needs the speed"):
         main("1l-post-longer", *few)
     *_, adamw = main("1l-post-plain", *few, "--optimizer", "adamw")
@@ -116,6 +114,8 @@ def test_a_table_fills(place, monkeypatch, capsys):
 
 def test_the_committed_report_is_that_of_the_committed_runs(place):
     committed = Path(replicate.__file__).parent / "results"
+    if not (committed / "quality.jsonl").exists():
+        pytest.skip("the runs are gone: README suggests that for own ones")
     shutil.copy(committed / "quality.jsonl", replicate.RESULTS)
     replicate.report()
     assert (place / "results" / "quality.md").read_text() == (committed / "quality.md").read_text()

@@ -173,6 +173,8 @@ def test_an_exported_run_is_the_same_model_in_half_the_precision(whole, tmp_path
     for (name, w), half in zip(model.state_dict().items(), copy.state_dict().values(), strict=True):
         assert torch.equal(w.half().float(), half), name
     assert metrics(small) == metrics(folder)
+    with pytest.raises(SystemExit, match="is an export"):
+        main(["--resume", "--out", str(small)])
     assert (small / "checkpoint.pt").stat().st_size < (folder / "checkpoint.pt").stat().st_size / 3
 
 
@@ -241,6 +243,16 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(whole, text, tmp_path, m
         patch.setattr(torch, "save", fail_late)
         main(arguments(tmp_path, text, "--optimizer", whole[2]))
     assert checkpoint(tmp_path)["step"] == 3
+
+    def fail_half(path, text, encoding):
+        half = path.name.startswith("tokenizer")
+        path.write_bytes(text.encode()[: len(text) // 2 if half else None])
+        if half:
+            raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(Path, "write_text", fail_half)
+        main(["--resume", "--out", str(tmp_path)])
     main(["--resume", "--out", str(tmp_path)])
     assert_same_run(whole[0], tmp_path)
 
@@ -386,6 +398,8 @@ class Evil:
         (["--lr", "nan"], "lr must be above 0"),
         (["--set", "temperature=-1"], "temperature must not be negative"),
         (["--set", "top_k=0"], "top_k must be None or at least 1"),
+        (["--set", "beta1=1.0"], "beta1 .* below 1"),
+        (["--seed", str(2**64)], "seed below"),
         (["--set", "decay=2"], "decay is a share"),
         (["--preset", "huge"], "preset must be one of tiny, deep"),
         (["--optimizer", "sgd"], "optimizer must be one of adamw, muon"),
