@@ -351,6 +351,7 @@ def plot(groups, tried):
         axes.axvline(0, color="#D22030", lw=1.5)
         axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_title(f"{NAMES[optimizer]}: at the end, minus plain (pairs)", loc="left", fontsize=10)
         axes.set_xlabel("nats per token; diamonds: the paper" if i == len(panels) - 1 else None)
     for axes in figure.axes:
