@@ -230,7 +230,7 @@ def paper_difference(n_layer, norm, row, epochs=1):
     return paper[row] - paper["plain"] if row in paper and row != "plain" else None
 
 
-COLUMNS = "row||lr|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth"
+COLUMNS = "row||lr|warmup|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth"
 
 
 def report():
@@ -255,7 +255,7 @@ slots get, over 2,048 validation tokens and the layers that read any; the first 
         text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
             runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row, epochs)
-            cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(len(tried[group][row]))]
+            cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(runs[0]["warmup"]), str(len(tried[group][row]))]
             cells += [f"{runs[0]['parameters']:,}", str(len(runs))]
             cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
             cells += [
