@@ -143,6 +143,7 @@ class DepthStream:
         self.impl, self.n_all = impl, config.slot_range(config.n_layer - 1)[1]  # slots, of all layers
         self.k, self.v = [None] * self.n_all, [None] * self.n_all
         self.with_grad = {}  # slot: whether gradients were on when it was written
+        self.skipped = set()  # of layers that read without gradients: the `stop` of their range
 
     def write(self, slot, k, v):
         self.k[slot], self.v[slot] = k, v
@@ -154,10 +155,12 @@ class DepthStream:
         return (torch.stack(self.k[start:stop]), torch.stack(self.v[start:stop])) if stop > start else (None, None)
 
     def check_gradients(self, start, stop):
-        if torch.is_grad_enabled() and not all(self.with_grad[slot] for slot in range(start, stop)):
+        if not torch.is_grad_enabled():
+            self.skipped.add(stop)
+        elif stop in self.skipped or not all(self.with_grad[slot] for slot in range(start, stop)):
             raise RuntimeError(
-                "a slot was written without gradients and is read with them: under reentrant activation checkpointing "
-                "its gradient would be lost, use use_reentrant=False"
+                "a layer ran without gradients, and is run again or read with them: under reentrant activation "
+                "checkpointing gradients of slots would be lost, use use_reentrant=False"
             )
 
     def attend(self, q, k, v, start, stop):
@@ -256,6 +259,12 @@ class _Slots:
         return self.done[slot]
 
 
+def _refuse_second_derivative():
+    # once_differentiable refuses by a node of the graph, which torch.autograd.grad(..., inputs) may never visit
+    if torch.is_grad_enabled():
+        raise RuntimeError('the fast depth stream has no second derivatives: impl="torch" takes create_graph=True')
+
+
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, order, slots, slot):
@@ -264,8 +273,8 @@ class _Write(torch.autograd.Function):
         return order.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dorder):
+        _refuse_second_derivative()
         return *ctx.slots.gradients(ctx.slot), dorder, None, None
 
 
@@ -279,12 +288,15 @@ class _Attend(torch.autograd.Function):
         return o, order.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dorder):
+        _refuse_second_derivative()
         q, k, v, o, lse = ctx.saved_tensors
         if dorder is None:  # nothing later was read: this backward starts here
             ctx.slots.begin_backward()
             dorder = torch.zeros(())
+        # one kernel goes through all readers: they shall lie alike, also where a hook has moved one
+        q = kernel._laid_out(q, ctx.slots.readers[0][0] if ctx.slots.readers else q)
+        o = kernel._laid_out(o, q)
         do = torch.zeros_like(q) if do is None else kernel._laid_out(do, q)  # None: only its slots were used
         dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, q.shape[-1] ** -0.5)
         if ctx.stop > ctx.start:
@@ -349,9 +361,9 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x, kv=None):
-        """x (B, T, n_embd) -> (the same shape, [k, v] that the KVProjection kv makes of x, its heads side by side)."""
+        """x (B, T, n_embd) -> the same shape, and the k, v that the KVProjection kv makes of x, heads side by side."""
         gate, up, *slot = linears(x, self.gate, self.up, *([kv.wk, kv.wv] if kv else []))  # (B, T, hidden) each
-        return self.down(F.silu(gate) * up), slot
+        return self.down(F.silu(gate) * up), *slot  # not nested: reentrant checkpointing would not see them
 
 
 class Attention(nn.Module):
@@ -424,7 +436,7 @@ class Block(nn.Module):
         """-> x (B, T, n_embd) after the layer, and the slot of the FFN: None or (k, v)."""
         x = x + self.attn.wo(o)
         x = x if self.pre else self.attn_norm(x)
-        h, slot = self.ffn(self.ffn_norm(x) if self.pre else x, self.attn.ffn_kv)  # k, v of what the FFN reads
+        h, *slot = self.ffn(self.ffn_norm(x) if self.pre else x, self.attn.ffn_kv)  # k, v of what the FFN reads
         x = x + h
         slot = self.attn.heads(*slot, rope, self.attn.config.depth_rope) if slot else None
         return x if self.pre else self.ffn_norm(x), slot
@@ -499,7 +511,9 @@ class MoDA(nn.Module):
 
     def _stream(self, x):
         """The class of the depth stream: the fast one where the Triton kernels are to run and the graph is eager."""
-        c, q = self.config, x.new_empty(0, self.config.head_dim)
+        c, device = self.config, x.device.type
+        cast = device in kernel.AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+        q = x.new_empty(0, c.head_dim, dtype=torch.get_autocast_dtype(device) if cast else x.dtype)
         wanted = self.impl == "triton" or (self.impl is None and x.is_cuda)
         able = c.depth_kv and c.n_layer > 1 and c.head_dim % 8 == 0 and kernel._why_not_triton(q) is None
         return FastDepthStream if wanted and able and not torch.compiler.is_compiling() else DepthStream
@@ -606,6 +620,8 @@ def capture(step, *inputs, warmup=3):
 
     def replay(*new):
         for x, y in zip(inputs, new, strict=True):
+            if x.shape != y.shape or x.dtype != y.dtype:  # copy_ would broadcast and cast
+                raise ValueError(f"recorded with {x.dtype} {tuple(x.shape)}, got {y.dtype} {tuple(y.shape)}")
             x.copy_(y)
         graph.replay()
         return result

@@ -74,7 +74,7 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "std=0.02 / math.sqrt(2 * config.n_layer) if out else 0.02", "std=0.02 / math.sqrt(config.n_layer) if out else 0.02"),
     ("moda.py", "logits.masked_fill(logits < kth", "logits.masked_fill(logits <= kth"),
     ("moda.py", "n_extra * 2 * c.n_embd * kv_dim", "n_extra * c.n_embd * kv_dim"),
-    ("moda.py", "        if torch.is_grad_enabled() and not all(self.with_grad[slot]", "        if False and not all(self.with_grad[slot]"),
+    ("moda.py", "        elif stop in self.skipped or not all(self.with_grad[slot]", "        elif stop in self.skipped or False and not all(self.with_grad[slot]"),
     # the fast depth stream
     ("moda.py", "self.sum_readers(0, self.sum_first, last, torch.float32)", "self.sum_readers(1, self.sum_first, last, torch.float32)"),
     ("moda.py", "max(0, last - self.BLOCK * self.per_layer)", "max(0, last - self.BLOCK)"),

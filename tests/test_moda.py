@@ -870,15 +870,55 @@ def test_checkpointed_layers(device):
         assert worst(gradients(either, idx, targets), want) <= TIGHT
 
 
+@pytest.mark.parametrize("part", ["all", "first", "last", "last attention"])
 @pytest.mark.parametrize("which", ["fast", "plain"])
-def test_reentrant_checkpointing_is_refused(which):
+def test_reentrant_checkpointing_is_refused(which, part):
     model, plain, idx, targets = fast_and_plain()
     model = model if which == "fast" else plain
-    for block in model.blocks:
-        forward = block.forward
-        block.forward = lambda x, *args, forward=forward: checkpoint(forward, x, *args, use_reentrant=True)
+    last = model.blocks[-1]
+    for module in {"all": model.blocks, "first": model.blocks[:1], "last": [last]}.get(part, [last.attn]):
+        forward = module.forward
+        module.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         model(idx, targets)[1].backward()
+
+
+def test_reentrant_checkpointing_of_the_ffn():
+    """It touches no stream: its slot is passed on by the block."""
+    model, plain, idx, targets = fast_and_plain()
+    want = gradients(plain, idx, targets)
+    for block in model.blocks:
+        forward = block.ffn.forward
+        block.ffn.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=True)
+    assert worst(gradients(model, idx, targets), want) <= TIGHT
+
+
+@on_each_device
+@pytest.mark.parametrize("of", ["loss", "last attention", "first attention"])
+def test_second_derivative_of_the_fast_stream_is_refused(of, device):
+    model, _, idx, targets = fast_and_plain(device)
+    seen = []
+    attn = model.blocks[-1 if of == "last attention" else 0].attn
+    attn.register_forward_hook(lambda module, args, out: seen.append(out))
+    loss = model(idx, targets)[1]
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss if of == "loss" else seen[0].sum(), model.embed.weight, create_graph=True)
+
+
+@on_each_device
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_reader_that_lies_otherwise_in_memory(layer, device):
+    model, plain, idx, targets = fast_and_plain(device)
+    for m in (model, plain):
+        hook = lambda module, args: (args[0].contiguous(), *args[1:])  # noqa: E731
+        m.blocks[layer].attn.register_forward_pre_hook(hook)
+    assert worst(gradients(model, idx, targets), gradients(plain, idx, targets)) <= TIGHT
+
+
+def test_autocast_decides_which_stream():
+    model, *_ = fast_and_plain()
+    with torch.autocast("cpu", torch.bfloat16):  # which Triton's interpreter computes wrongly
+        assert model._stream(model.cos) is DepthStream
 
 
 @on_each_device
@@ -953,6 +993,8 @@ def test_captured_step():
     replay = capture(step, idx, targets)
     assert replay.step is step  # and so the model lives as long as the graph
     graph_grads = [p.grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="recorded with"):
+        replay(idx[:1], targets)
     for x, y in ((targets, idx), (idx, targets)):
         loss = replay(x, y).clone()
         assert all(p.grad is grad for p, grad in zip(model.parameters(), graph_grads, strict=True))
