@@ -11,12 +11,14 @@ Shapes: B batch, T positions, n_slot depth slots that a layer reads, group = n_h
 The operator itself lives in kernel.py.
 """
 
+import functools
 import math
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
 import kernel
@@ -159,8 +161,8 @@ class DepthStream:
             self.skipped.add(stop)
         elif stop in self.skipped or not all(self.with_grad[slot] for slot in range(start, stop)):
             raise RuntimeError(
-                "a layer ran without gradients, and is run again or read with them: under reentrant activation "
-                "checkpointing gradients of slots would be lost, use use_reentrant=False"
+                "a layer ran without gradients, and is run again or read with them, so that gradients of slots would "
+                "be lost: activation checkpointing needs use_reentrant=False, freezing layers requires_grad_(False)"
             )
 
     def attend(self, q, k, v, start, stop):
@@ -176,13 +178,13 @@ class FastDepthStream(DepthStream):
     GPU, so that one kernel can go through any number of readers. When the backward reaches the layer that wrote a slot,
     all its readers have been there, and the slot's gradient is summed up over them. So that not every slot has to look
     at all of them, this goes in blocks of layers: what the readers above a block add is summed up for all its slots at
-    once, and each slot then adds only the readers within its block. The order is kept in the graph by `order`, a number
-    on the CPU that each operation takes and passes on.
+    once, and each slot then adds only the readers within its block. The order is kept in the graph by `order`, an empty
+    tensor that each operation takes and passes on; on the GPU, for autograd to take each to its forward's CUDA stream.
     """
 
     def __init__(self, config, impl=None):
         super().__init__(config, impl)
-        self.order = torch.zeros(())
+        self.order = torch.empty(0)
         self.slots = _Slots(self.n_all, len(config.kinds))  # apart, so that the graph does not hold on to itself
 
     def write(self, slot, k, v):
@@ -211,6 +213,7 @@ class _Slots:
 
     def __init__(self, n_all, per_layer):
         self.n_all, self.per_layer, self.k, self.v = n_all, per_layer, None, None
+        self.lowest = None  # the first slot with a gradient, so the last to get it
         self.begin_backward()
 
     def begin_backward(self):
@@ -218,6 +221,15 @@ class _Slots:
         self.readers, self.table, self.done = [], None, {}
         # how many readers lie above the block, what they add to its slots (dk, dv), the first of these slots
         self.n_summed, self.sums, self.sum_first = 0, None, 0
+
+    def end_backward(self, writer):
+        """Every slot has its gradient. Whoever holds the loss shall not hold the slots, unless autograd keeps the graph
+        too: then what it saved for `writer`, the context of a _Write, can be asked for still."""
+        self.begin_backward()
+        try:
+            writer.saved_tensors  # noqa: B018
+        except RuntimeError:
+            self.k = self.v = None
 
     def write(self, slot, k, v):
         if self.k is None:
@@ -254,8 +266,6 @@ class _Slots:
                 self.sums = self.sum_readers(0, self.sum_first, last, torch.float32)
             grads = self.sum_readers(self.n_summed, first, last, self.k.dtype, self.sums, self.sum_first)
             self.done = {first + i: pair for i, pair in enumerate(zip(*grads, strict=True))}
-            if first == 0:  # nothing will be asked for any more
-                self.readers, self.sums = [], None
         return self.done[slot]
 
 
@@ -269,12 +279,16 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, order, slots, slot):
         slots.write(slot, k, v)
+        if slots.lowest is None and any(ctx.needs_input_grad):
+            slots.lowest = slot
         ctx.slots, ctx.slot = slots, slot
-        return order.clone()
+        return k.new_empty(0)
 
     @staticmethod
     def backward(ctx, dorder):
         _refuse_second_derivative()
+        if ctx.slot == ctx.slots.lowest:
+            Variable._execution_engine.queue_callback(lambda: ctx.slots.end_backward(ctx))
         return *ctx.slots.gradients(ctx.slot), dorder, None, None
 
 
@@ -285,7 +299,7 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.slots, ctx.start, ctx.stop = slots, start, stop
         ctx.set_materialize_grads(False)
-        return o, order.clone()
+        return o, q.new_empty(0)
 
     @staticmethod
     def backward(ctx, do, dorder):
@@ -293,7 +307,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         if dorder is None:  # nothing later was read: this backward starts here
             ctx.slots.begin_backward()
-            dorder = torch.zeros(())
+            dorder = q.new_empty(0)
         # one kernel goes through all readers: they shall lie alike, also where a hook has moved one
         q = kernel._laid_out(q, ctx.slots.readers[0][0] if ctx.slots.readers else q)
         o = kernel._laid_out(o, q)
@@ -494,17 +508,17 @@ class MoDA(nn.Module):
             for block in self.blocks:
                 x = checkpoint(block, x, rope, stream, cache, maps, use_reentrant=False)
         elif self.compiled:  # the same, cut at the attentions instead of the layers
-            projected = self.blocks[0].before_attention(x, rope)
+            projected = _compiled(Block.before_attention)(self.blocks[0], x, rope)
             for block, following in zip(self.blocks[:-1], self.blocks[1:], strict=True):
                 o = block.attn(*projected, stream, cache, maps)
-                x, slot, projected = block.between(following, x, o, rope)
+                x, slot, projected = _compiled(Block.between)(block, following, x, o, rope)
                 block.write(slot, stream)
             o = self.blocks[-1].attn(*projected, stream, cache, maps)
-            x, _ = self.blocks[-1].after_attention(x, o, rope)
+            x, _ = _compiled(Block.after_attention)(self.blocks[-1], x, o, rope)
         else:
             for block in self.blocks:
                 x = block(x, rope, stream, cache, maps)
-        stream.order = torch.zeros(())  # whoever keeps the stream shall not keep the graph
+        stream.order = torch.empty(0)  # whoever keeps the stream shall not keep the graph
         if cache is not None:
             cache.length = stop
         return self.norm(x)
@@ -526,7 +540,8 @@ class MoDA(nn.Module):
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of idx {tuple(idx.shape)}")
-        return self.head(self._hidden(idx), targets)
+        head = _compiled(MoDA.head) if self.compiled else MoDA.head
+        return head(self, self._hidden(idx), targets)
 
     def head(self, x, targets=None):
         """x (B, T, n_embd), targets (B, T) or None -> (logits, loss or None), as `forward`."""
@@ -538,13 +553,11 @@ class MoDA(nn.Module):
     def compile_parts(self):
         """torch.compile everything but the attention and the depth stream, which stay eager: what lies between two
         attentions becomes one graph, the same for every layer. The fastest way to train on a GPU. Returns self.
+        Hooks of a Block, which spans two graphs, are not called then; those of what is in it are.
         (`torch.compile(model)` works as well; its depth stream is then the plain one.)"""
         limits = torch._dynamo.config  # all models share the parts' code; beyond this many variants it runs eagerly
         limits.recompile_limit = max(limits.recompile_limit, 64)
-        for block in self.blocks:
-            for part in ("before_attention", "between", "after_attention"):
-                setattr(block, part, torch.compile(getattr(block, part)))
-        self.head, self.compiled = torch.compile(self.head), True
+        self.compiled = True
         return self
 
     @torch.no_grad()
@@ -597,6 +610,13 @@ class MoDA(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     flops = staticmethod(flops)
+
+
+@functools.cache
+def _compiled(part):
+    """torch.compile of a method, to be called with its object. One compiled with its object inside would, in a copy of
+    the model, go on computing with the weights of the original."""
+    return torch.compile(part)
 
 
 def capture(step, *inputs, warmup=3):

@@ -745,6 +745,7 @@ FAST_VARIANTS = [
     {"n_layer": 12, "n_kv_head": 1},
     {"n_layer": 18, "n_head": 2, "n_kv_head": 2, "n_embd": 16},
 ]
+torch_compile_warns = pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:TensorFloat32 tensor cores")
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
@@ -818,7 +819,7 @@ def test_fast_stream_under_autograd(device, small_blocks):
 
     def of_layer_4(model):
         seen = []
-        handle = model.blocks[4].register_forward_hook(lambda module, args, out: seen.append(out))
+        handle = model.blocks[4].attn.register_forward_hook(lambda module, args, out: seen.append(out))
         model(idx)
         handle.remove()
         loss = (seen[0] * torch.linspace(-1, 1, DEEP["n_embd"], device=device)).sum()
@@ -947,19 +948,108 @@ def test_fast_stream_leaves_nothing_behind(checkpointed, device):
 
 
 @on_each_device
-@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:TensorFloat32 tensor cores")  # torch.compile says
+@pytest.mark.parametrize("frozen", [0, 3])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_slots_live_as_long_as_the_graph(checkpointed, frozen, device):
+    """Also while the loss is held, and with it the nodes of the graph."""
+    model, _, idx, targets = fast_and_plain(device, n_layer=5)
+    model.checkpoint = checkpointed
+    model.embed.requires_grad_(False)
+    model.blocks[:frozen].requires_grad_(False)
+    slots, original = [], moda._Slots.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moda._Slots, "__init__", lambda self, *a: (slots.append(self), original(self, *a))[1])
+        loss = model(idx, targets)[1]
+    loss.backward(retain_graph=True)
+    assert slots[0].k is not None and not slots[0].readers and slots[0].sums is None
+    loss.backward()
+    assert slots[0].k is slots[0].v is None and not slots[0].readers and not slots[0].done
+
+
+@pytest.mark.gpu
+def test_backward_on_the_stream_of_the_forward():
+    """The gradient of the loss is late: operations that wait for it on the wrong stream read too early."""
+    model, plain, idx, targets = fast_and_plain("cuda", **DEEP)
+    want, side = gradients(plain, idx, targets), torch.cuda.Stream()
+    model.zero_grad()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        loss = model(idx, targets)[1]
+        torch.cuda._sleep(100_000_000)  # cycles
+    loss.backward()
+    torch.cuda.synchronize()
+    assert worst({name: p.grad for name, p in model.named_parameters()}, want) <= TIGHT
+
+
+@on_each_device
+@torch_compile_warns
 def test_compiled_parts(device):
     model, plain, idx, targets = fast_and_plain(device, **DEEP)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model.compile_parts()
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):  # the last writes no slots
         assert worst(gradients(model, idx, targets), gradients(plain, idx, targets)) <= TIGHT
+        twin, plain_twin = copy.deepcopy(model), copy.deepcopy(plain)  # have weights of their own
+        with torch.no_grad():
+            for p in (*twin.parameters(), *plain_twin.parameters()):
+                p.mul_(1.5)
+        assert worst(gradients(twin, idx, targets), gradients(plain_twin, idx, targets)) <= TIGHT
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 3 and not counters["graph_break"]
+
+
+@on_each_device
+@torch_compile_warns
+def test_compiled_parts_under_autograd(device, small_blocks):
+    """Micro-batches, several graphs at once, one that broke off, one that is never differentiated, one used twice."""
+    model, plain, idx, targets = fast_and_plain(device, **DEEP)
+    want = gradients(plain, idx, targets)
+    torch._dynamo.reset()
+    model.compile_parts()
+
+    def check(what):
+        assert worst({name: p.grad for name, p in model.named_parameters()}, want) <= TIGHT, what
+        model.zero_grad()
+
+    for i in range(2):
+        (model(idx[i : i + 1], targets[i : i + 1])[1] / 2).backward()
+    check("micro-batches")
+    first, second = model(idx, targets)[1], model(targets, idx)[1]
+    model(targets, idx)
+    first.backward()
+    check("the first of two")
+    second.backward()
+    assert worst({name: p.grad for name, p in model.named_parameters()}, gradients(plain, targets, idx)) <= TIGHT
+
+    def broken(grad):
+        raise RuntimeError("broke off")
+
+    handle = model.blocks[2].attn.wq.weight.register_hook(broken)
+    with pytest.raises(RuntimeError, match="broke off"):
+        model(idx, targets)[1].backward()
+    handle.remove()
+    model.zero_grad()
+    model(idx, targets)[1].backward()
+    check("after one that broke off")
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0].double(), plain(idx)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="retain_graph=False"):  # says torch.compile
+        model(idx, targets)[1].backward(retain_graph=True)
 
 
 @pytest.mark.gpu
 def test_fast_stream_in_bf16():
-    """Whole-model gradients under autocast, against float64."""
-    model, plain, idx, targets = fast_and_plain("cuda", **DEEP | {"n_embd": 128})
+    """Whole-model gradients under autocast, against float64, after other models and attention of the same shapes."""
+    model, plain, *_ = fast_and_plain("cuda", **DEEP | {"n_embd": 512, "block_size": 128})  # so that cuDNN takes them
+    idx, targets = tokens(T=128).cuda(), tokens(T=128, seed=2).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        for other in (ROWS[1], {"norm": "pre"}):
+            gradients(MoDA(replace(model.config, **other)).cuda(), idx, targets)
+        q = torch.randn(2, 8, 128, 64, device="cuda", requires_grad=True)
+        k = q[:, :1].expand(q.shape)
+        for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
+            F.scaled_dot_product_attention(x, k, k, is_causal=True).square().sum().backward()
     want, portable = gradients(plain, idx, targets), copy.deepcopy(model)
     portable.impl = "torch"
     with torch.autocast("cuda", torch.bfloat16):
