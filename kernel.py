@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 try:
@@ -627,6 +628,11 @@ def _laid_out(x, like):
     return torch.empty_like(like).copy_(x)
 
 
+def _forward_mode():
+    """Whether tangents are computed (torch.func.jvp), which an opaque operator or a kernel would drop, silently."""
+    return forward_ad._current_level >= 0
+
+
 def _why_not_triton(q):
     """Why the Triton kernels cannot run on q, as the end of a sentence, or None if they can."""
     if triton is None:
@@ -749,7 +755,8 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
         "fused"      forward all in one kernel, the paper's Algorithm 1; backward as "triton"
     return_lse: also return the joint log-sum-exp (B, n_head, T_q), float32 or wider, not differentiable.
 
-    Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable, once, in all five tensors.
+    Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable, once, in all five tensors; in
+    forward mode (torch.func.jvp) every impl is the reference.
     A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0.
     Under autocast the inputs are cast as those of PyTorch's own attention are.
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal, for empty tensors,
@@ -771,7 +778,7 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
         impl = "triton" if q.is_cuda and not why_not else "torch"
     if depth_k is not None and depth_k.shape[0] == 0:
         depth_k = depth_v = None
-    if impl == "reference" or not _has_fused(q):
+    if impl == "reference" or not _has_fused(q) or _forward_mode():
         return moda_attention_reference(q, k, v, depth_k, depth_v, causal=causal, scale=scale, return_lse=return_lse)
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else float(scale)

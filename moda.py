@@ -530,7 +530,8 @@ class MoDA(nn.Module):
         q = x.new_empty(0, c.head_dim, dtype=torch.get_autocast_dtype(device) if cast else x.dtype)
         wanted = self.impl == "triton" or (self.impl is None and x.is_cuda)
         able = c.depth_kv and c.n_layer > 1 and c.head_dim % 8 == 0 and kernel._why_not_triton(q) is None
-        return FastDepthStream if wanted and able and not torch.compiler.is_compiling() else DepthStream
+        eager = not torch.compiler.is_compiling() and not kernel._forward_mode()
+        return FastDepthStream if wanted and able and eager else DepthStream
 
     def forward(self, idx, targets=None):
         """idx (B, T) token ids, T <= block_size; targets (B, T) or None, positions with -1 are left out of the loss.

@@ -505,6 +505,22 @@ def test_second_derivative_is_refused():
 
 
 @each_run
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_forward_mode(with_grad, impl, device):
+    """torch.func.jvp along every input, against (u, J t) = (J^T u, t) of the reference's backward."""
+    inputs = random_inputs(dtype=torch.float32, device=device)
+    tangents = [random_like(x) for x in inputs]
+    o = moda_attention_reference(*inputs)
+    u = torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    grads = torch.autograd.grad(o, inputs, u)
+    with torch.set_grad_enabled(with_grad):
+        detached = tuple(x.detach() for x in inputs)
+        tangent = torch.func.jvp(lambda *x: moda_attention(*x, impl=impl), detached, tuple(tangents))[1]
+    want = sum((grad * t).sum().item() for grad, t in zip(grads, tangents, strict=True))
+    assert abs(want) > 1 and (tangent * u).sum().item() == pytest.approx(want, rel=1e-4)
+
+
+@each_run
 @pytest.mark.parametrize("n_slot", [None, 3])
 def test_compiled_equals_eager(n_slot, impl, device):
     """Without a graph break, in a use like the model's: the sequence KV is a slot too, and some gradients are equal."""

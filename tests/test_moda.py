@@ -918,6 +918,19 @@ def test_a_reader_that_lies_otherwise_in_memory(layer, device):
     assert worst(gradients(model, idx, targets), gradients(plain, idx, targets)) <= TIGHT
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_forward_mode(with_grad):
+    """Along the gradient: its squared norm."""
+    model, plain, idx, targets = fast_and_plain()
+    grads = gradients(plain, idx, targets)
+    direction = {name: grad.float() for name, grad in grads.items()}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    with torch.set_grad_enabled(with_grad):
+        loss = lambda p: torch.func.functional_call(model, p, (idx, targets))[1]  # noqa: E731
+        tangent = torch.func.jvp(loss, (weights,), (direction,))[1].item()
+    assert tangent == pytest.approx(sum(grad.square().sum().item() for grad in grads.values()), rel=1e-4)
+
+
 def test_autocast_decides_which_stream():
     model, *_ = fast_and_plain()
     with torch.autocast("cpu", torch.bfloat16):  # which Triton's interpreter computes wrongly
