@@ -207,22 +207,27 @@ def tries(lines):
 
 
 def best_runs(lines):
-    """-> {(n_layer, norm, optimizer, epochs): {row: its lines}}, each row at the best of the learning rates and warmups
-    that were tried for it with the seed that most of them have."""
+    """-> {(n_layer, norm, optimizer, epochs): {row: its lines}}, each row at the best learning rate and warmup, by the
+    mean loss, of those that it was run at with the most seeds."""
 
     def best(tried):
-        seed = statistics.mode(sorted(seed for runs in tried.values() for seed in runs))
-        comparable = [runs for runs in tried.values() if seed in runs]
-        runs = min(comparable, key=lambda runs: runs[seed]["val_loss"])
+        most = max(map(len, tried.values()))
+        settings = [runs for runs in tried.values() if len(runs) == most]
+        runs = min(settings, key=lambda runs: sum(line["val_loss"] for line in runs.values()))
         return [runs[seed] for seed in sorted(runs)]
 
     return {group: {row: best(tried) for row, tried in rows.items()} for group, rows in tries(lines).items()}
 
 
-def differences(rows, row):
-    """Of the runs of one row: loss minus that of the plain model with the same seed, where there is one."""
-    plain = {line["seed"]: line["val_loss"] for line in rows.get("plain", [])}
-    return [line["val_loss"] - plain[line["seed"]] for line in rows[row] if line["seed"] in plain]
+def differences(runs, plain):
+    """Of lines of results/quality.jsonl: loss minus that of the plain run with the same seed, where there is one."""
+    losses = {line["seed"]: line["val_loss"] for line in plain}
+    return [line["val_loss"] - losses[line["seed"]] for line in runs if line["seed"] in losses]
+
+
+def at_same_setting(runs, plain):
+    """The same, for runs of one learning rate and warmup; plain: {(lr, warmup): {seed: line}}."""
+    return differences(runs, plain.get((runs[0]["lr"], runs[0]["warmup"]), {}).values())
 
 
 def paper_difference(n_layer, norm, row, epochs=1):
@@ -230,7 +235,7 @@ def paper_difference(n_layer, norm, row, epochs=1):
     return paper[row] - paper["plain"] if row in paper and row != "plain" else None
 
 
-COLUMNS = "row||lr|warmup|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|depth"
+COLUMNS = "row||lr|warmup|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|same setting|depth"
 
 
 def report():
@@ -244,23 +249,28 @@ def report():
 
 Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
 whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps. Each row at the best
-learning rate and warmup of those tried for it (of: how many), chosen by one seed, though seeds differ: all runs are
-below. The difference is to the plain model of the same seed, each at its own best setting, over the seeds that both
-have (in brackets, how many); beside it, that of the paper's Table 6, on other data. Depth: the share of attention that
-slots get, over 2,048 validation tokens and the layers that read any; the first runs did not record it."""
+learning rate and warmup of those tried for it (of: how many), by the mean of those that were run with the most seeds.
+One seed says little, so all runs are below. The difference is to the plain model of the same seed, each at its own best
+setting, over the seeds that both have (in brackets, how many); beside it, that of the paper's Table 6, on other data;
+same setting: to the plain model at the row's own learning rate and warmup, which is what the ablations are to be judged
+by. Depth: the share of attention that slots get, over 2,048 validation tokens and the layers that read any; the first
+runs did not record it."""
     ]
     for group, rows in sorted(groups.items()):
         n_layer, norm, optimizer, epochs = group
         text += [f"\n## {n_layer} layers, {norm}-norm, {NAMES[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
         text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
-            runs, delta, paper = rows[row], differences(rows, row), paper_difference(n_layer, norm, row, epochs)
+            runs, paper = rows[row], paper_difference(n_layer, norm, row, epochs)
+            delta = differences(runs, rows.get("plain", []))
+            same = at_same_setting(runs, tried[group].get("plain", {}))
             cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(runs[0]["warmup"]), str(len(tried[group][row]))]
             cells += [f"{runs[0]['parameters']:,}", str(len(runs))]
             cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
             cells += [
                 f"{spread(delta)} ({len(delta)})" if delta and row != "plain" else "",
                 "" if paper is None else f"{paper:.4f}",
+                f"{spread(same)} ({len(same)})" if same and row != "plain" else "",
             ]
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
             cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
@@ -269,8 +279,8 @@ slots get, over 2,048 validation tokens and the layers that read any; the first 
     text += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
     for group, rows in sorted(tried.items()):
         for setting, plain in sorted(rows.get("plain", {}).items()):
-            at_this = {row: list(runs[setting].values()) for row, runs in rows.items() if setting in runs}
-            delta = {row: differences(at_this, row) for row in ("row3", "row4") if row in at_this}
+            at_this = {row: rows[row][setting].values() for row in ("row3", "row4") if setting in rows.get(row, {})}
+            delta = {row: differences(runs, plain.values()) for row, runs in at_this.items()}
             if any(delta.values()):
                 settings = [f"{x:g}" if isinstance(x, float) else NAMES.get(x, str(x)) for x in (*group, *setting)]
                 cells = [f"{spread(d)} ({len(d)})" if (d := delta.get(row)) else "" for row in ("row3", "row4")]
@@ -290,13 +300,17 @@ slots get, over 2,048 validation tokens and the layers that read any; the first 
 
 def plot(groups, tried):
     """Where most was run: rows 3 and 4 minus plain of the same seed and setting over training, and the loss at each
-    learning rate. Every row's difference at the end, an optimizer a panel."""
+    learning rate. Differences at the end, an optimizer a panel: rows 3 and 4 minus plain, each at its best setting, all
+    others at the same setting as plain."""
     colors, points = {"row3": "#E69F00", "row4": "#009E73"}, {}
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         title = f"{n_layer} layers, {norm}-norm" + f", {epochs:g} epochs" * (epochs != 1)
-        for row in (row for row in ROWS if row != "plain" and row in rows and differences(rows, row)):
-            delta, paper = differences(rows, row), paper_difference(n_layer, norm, row, epochs)
-            points.setdefault(optimizer, []).append((f"{title}: {row} ({len(delta)})", row, delta, paper))
+        for row in (row for row in ROWS if row != "plain" and row in rows):
+            delta, paper = differences(rows[row], rows.get("plain", [])), paper_difference(n_layer, norm, row, epochs)
+            if row not in colors:
+                delta = at_same_setting(rows[row], tried[n_layer, norm, optimizer, epochs].get("plain", {}))
+            if delta:
+                points.setdefault(optimizer, []).append((f"{title}: {row} ({len(delta)})", row, delta, paper))
     panels = [(optimizer, points[optimizer]) for optimizer in NAMES if optimizer in points]
     figure = Figure(figsize=(12, 8), layout="constrained")
     columns = figure.add_gridspec(1, 2)
