@@ -463,7 +463,7 @@ def bench_train(args):
     copy_TBps, matmul_TFLOPs = ceilings()
     print(f"{machine()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
-    head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,GB,of plain,MFU"
+    head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV,GB,of plain,MFU"
     rows, path = [(head + ",compile s,error").split(",")], result_path("train")
     shapes = json.loads(path.read_text())["shapes"] if path.exists() else {}  # those that this call does not measure
     for name in args.shape or SHAPES:
@@ -522,9 +522,11 @@ def bench_train(args):
             mfu = 3 * B * flops(config, T) / median(ms) / 1e9 / matmul_TFLOPs
             measured |= {"floor_ms": floor, "extra_ms": extra, "mfu": mfu}
             peak, split = measured["peak_GB"], [f"{part:.1f}" for part in measured["kernels_ms"].values()]
+            # what is no depth kernel and not there without the FFN's slots: their projection, norm, rotation, writing
+            ffn_kv = measured["kernels_ms"]["rest"] - info["row 3"]["kernels_ms"]["rest"] if config.ffn_kv else 0.0
             rows.append([name, row, f"{median(ms):.1f}", f"{B * T / median(ms) * 1000:,.0f}",
                          f"{median(beside) / median(ms):.3f}", f"{extra:.1f}", f"{floor:.1f}",
-                         f"{extra / floor:.2f}" if floor else "-", *split, f"{peak:.1f}",
+                         f"{extra / floor:.2f}" if floor else "-", *split, f"{ffn_kv:.1f}", f"{peak:.1f}",
                          f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{measured['compile_s']:.0f}",
                          f"{measured['error']:.0e}"])  # fmt: skip
             print(*rows[-1], sep=" | ", flush=True)
