@@ -463,8 +463,8 @@ def bench_train(args):
     copy_TBps, matmul_TFLOPs = ceilings()
     print(f"{machine()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
-    head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV,GB,of plain,MFU"
-    rows, path = [(head + ",compile s,error").split(",")], result_path("train")
+    head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV"
+    rows, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
     shapes = json.loads(path.read_text())["shapes"] if path.exists() else {}  # those that this call does not measure
     for name in args.shape or SHAPES:
         row_4, B = SHAPES[name]
