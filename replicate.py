@@ -248,13 +248,13 @@ def report():
         """# Quality: does depth KV lower the loss?
 
 Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
-whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps. Each row at the best
-learning rate and warmup of those tried for it (of: how many), by the mean of those that were run with the most seeds.
-One seed says little, so all runs are below. The difference is to the plain model of the same seed, each at its own best
-setting, over the seeds that both have (in brackets, how many); beside it, that of the paper's Table 6, on other data;
-same setting: to the plain model at the row's own learning rate and warmup, which is what the ablations are to be judged
-by. Depth: the share of attention that slots get, over 2,048 validation tokens and the layers that read any; the first
-runs did not record it."""
+whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps. Each row at the
+learning rate and warmup with the lowest mean loss among those that it was run at with the most seeds (of: how many were
+tried at all). One seed says little, so all runs are below. The difference is to the plain model of the same seed, at
+its own such setting, over the seeds that both have (in brackets, how many); beside it, that of the paper's Table 6, on
+other data; same setting: to the plain model at the row's own learning rate and warmup, which is what the ablations are
+to be judged by. Depth: the share of attention that slots get, over 2,048 validation tokens and the layers that read
+any; the first runs did not record it."""
     ]
     for group, rows in sorted(groups.items()):
         n_layer, norm, optimizer, epochs = group
@@ -348,7 +348,8 @@ def plot(groups, tried):
     below.set(xscale="log", xlabel="learning rate", ylabel="nats per token, at the end")
     below.set_xticks(rates := (5e-4, 1e-3, 2e-3, 4e-3), [f"{lr:g}" for lr in rates])
     below.set_xticks([], minor=True)
-    below.set_title(f"{NAMES[most]}, {most_norm}-norm: at each learning rate, seed 0", loc="left", fontsize=10)
+    title = f"{NAMES[most]}, {most_norm}-norm: at each learning rate, warmup {WARMUP}, seed 0"
+    below.set_title(title, loc="left", fontsize=10)
     for i, (optimizer, rows) in enumerate(panels):
         axes = figure.add_subplot(grid[i])
         for y, (_, row, delta, paper) in enumerate(rows):
