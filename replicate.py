@@ -330,7 +330,7 @@ def plot(groups, tried):
                 label = None
     left.axhline(0, color="#D22030", lw=1.5, label="plain")
     left.set(xlabel="training tokens (millions)", ylabel="nats per token, lower is better")
-    title = f"{NAMES[most]}, {most_norm}-norm: validation loss (a sample) minus plain, same rate"
+    title = f"{NAMES[most]}, {most_norm}-norm: validation loss (a sample) minus plain, same setting"
     left.set_title(title, loc="left", fontsize=10)
     left.legend(frameon=False, loc="upper right", fontsize=9, ncols=2)
     searched, lowest = {"plain": "#D22030", **colors}, math.inf

@@ -86,7 +86,16 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "            self.order = _Write.apply(", "            _Write.apply("),
     ("moda.py", "first, last = slot - slot % self.per_layer, slot + 1", "first, last = slot, slot + 1"),
     ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def read", "        self.k[slot], self.v[slot] = k, k\n\n    def read"),
-    ("moda.py", "        stream.order = torch.zeros(())  # whoever", "        # whoever"),
+    ("moda.py", "        stream.order = torch.empty(0)  # whoever", "        # whoever"),
+    ("moda.py", "            self.k = self.v = None\n", "            pass\n"),
+    ("moda.py", "            writer.saved_tensors  # noqa: B018\n", "            raise RuntimeError\n"),
+    ("moda.py", "if slots.lowest is None and any(ctx.needs_input_grad):", "if slots.lowest is None:"),
+    ("moda.py", "        self.begin_backward()\n        try:\n", "        try:\n"),
+    ("moda.py", "q = kernel._laid_out(q, ctx.slots.readers[0][0] if ctx.slots.readers else q)", "pass"),
+    ("moda.py", "    if torch.is_grad_enabled():\n        raise RuntimeError('the fast", "    if False:\n        raise RuntimeError('the fast"),
+    ("moda.py", "(device) if cast else x.dtype)", "(device) if False else x.dtype)"),
+    ("moda.py", "eager = not torch.compiler.is_compiling() and not kernel._forward_mode()", "eager = not torch.compiler.is_compiling()"),
+    ("kernel.py", "not _has_fused(q) or _forward_mode():", "not _has_fused(q):"),
 ]  # fmt: skip
 EQUIVALENT = {
     "    if not causal:": "a single query with a prefix and a square of one key: two calls, the same numbers",
