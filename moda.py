@@ -146,10 +146,18 @@ class DepthStream:
         self.k, self.v = [None] * self.n_all, [None] * self.n_all
         self.with_grad = {}  # slot: whether gradients were on when it was written
         self.skipped = set()  # of layers that read without gradients: the `stop` of their range
+        self.finished = False  # the forward: layers that run now are checkpointed ones, whose slots are there already
 
     def write(self, slot, k, v):
-        self.k[slot], self.v[slot] = k, v
-        self.with_grad[slot] = torch.is_grad_enabled()
+        if self.is_new(slot):
+            self.k[slot], self.v[slot] = k, v
+
+    def is_new(self, slot):
+        """Whether the slot is to be written now. RuntimeError if that has been done in this forward."""
+        if slot in self.with_grad and not self.finished:
+            raise RuntimeError(f"slot {slot} is written twice: a layer ran a second time within one forward")
+        self.with_grad.setdefault(slot, torch.is_grad_enabled())
+        return not self.finished
 
     def read(self, start, stop):
         """depth_k, depth_v (stop - start, B, n_kv_head, T, head_dim): the slots start..stop-1, or (None, None)."""
@@ -188,7 +196,8 @@ class FastDepthStream(DepthStream):
         self.slots = _Slots(self.n_all, len(config.kinds))  # apart, so that the graph does not hold on to itself
 
     def write(self, slot, k, v):
-        self.with_grad[slot] = torch.is_grad_enabled()
+        if not self.is_new(slot):
+            return
         if self.with_grad[slot]:
             self.order = _Write.apply(k, v, self.order, self.slots, slot)
         else:
@@ -202,7 +211,9 @@ class FastDepthStream(DepthStream):
         self.check_gradients(start, stop)
         if not torch.is_grad_enabled():
             return self.slots.attend(q, k, v, start, stop)[0]
-        o, self.order = _Attend.apply(q, k, v, self.order, self.slots, start, stop)
+        o, order = _Attend.apply(q, k, v, self.order, self.slots, start, stop)
+        if not self.finished:  # or it would keep what a checkpointed layer has just computed again
+            self.order = order
         return o
 
 
@@ -216,20 +227,23 @@ class _Slots:
         self.lowest = None  # the first slot with a gradient, so the last to get it
         self.begin_backward()
 
-    def begin_backward(self):
-        """Forget what an earlier backward, finished or broken off, has left."""
+    def begin_backward(self, stop=0):
+        """Forget what an earlier backward, finished or broken off, has left. This one begins at the layer that reads
+        the slots up to `stop`."""
         self.readers, self.table, self.done = [], None, {}
+        self.whole = stop == self.n_all  # from the last layer on, so that the forward is over
         # how many readers lie above the block, what they add to its slots (dk, dv), the first of these slots
         self.n_summed, self.sums, self.sum_first = 0, None, 0
 
     def end_backward(self, writer):
         """Every slot has its gradient. Whoever holds the loss shall not hold the slots, unless autograd keeps the graph
         too: then what it saved for `writer`, the context of a _Write, can be asked for still."""
-        self.begin_backward()
         try:
             writer.saved_tensors  # noqa: B018
         except RuntimeError:
-            self.k = self.v = None
+            if self.whole:
+                self.k = self.v = None
+        self.begin_backward()
 
     def write(self, slot, k, v):
         if self.k is None:
@@ -306,7 +320,7 @@ class _Attend(torch.autograd.Function):
         _refuse_second_derivative()
         q, k, v, o, lse = ctx.saved_tensors
         if dorder is None:  # nothing later was read: this backward starts here
-            ctx.slots.begin_backward()
+            ctx.slots.begin_backward(ctx.stop)
             dorder = q.new_empty(0)
         # one kernel goes through all readers: they shall lie alike, also where a hook has moved one
         q = kernel._laid_out(q, ctx.slots.readers[0][0] if ctx.slots.readers else q)
@@ -518,7 +532,7 @@ class MoDA(nn.Module):
         else:
             for block in self.blocks:
                 x = block(x, rope, stream, cache, maps)
-        stream.order = torch.empty(0)  # whoever keeps the stream shall not keep the graph
+        stream.finished, stream.order = True, torch.empty(0)  # whoever keeps the stream shall not keep the graph
         if cache is not None:
             cache.length = stop
         return self.norm(x)

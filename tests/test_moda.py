@@ -979,6 +979,57 @@ def test_slots_live_as_long_as_the_graph(checkpointed, frozen, device):
     assert slots[0].k is slots[0].v is None and not slots[0].readers and not slots[0].done
 
 
+@on_each_device
+def test_backward_within_the_forward(device):
+    """Of a layer's output, by a hook: the layers above still need the slots."""
+    model, plain, idx, _ = fast_and_plain(device, n_layer=5)
+    for m in (model, plain):
+
+        def backward(module, args, out, m=m):
+            torch.autograd.grad(out.square().sum(), m.embed.weight)
+
+        m.blocks[2].attn.wo.register_forward_hook(backward)
+    torch.testing.assert_close(model(idx)[0].double(), plain(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+@on_each_device
+def test_backward_of_an_early_exit(device):
+    """It frees the graph of the layers below. Those above can be differentiated still."""
+    model, plain, idx, targets = fast_and_plain(device, n_layer=5)
+
+    def above(m):
+        seen = []
+        m.blocks[2].register_forward_hook(lambda module, args, out: seen.append(out))
+        loss = m(idx, targets)[1]
+        seen[0].square().sum().backward()
+        return dict(enumerate(torch.autograd.grad(loss, (m.blocks[3].attn.wq.weight, m.blocks[4].ffn.up.weight))))
+
+    assert worst(above(model), above(plain)) <= TIGHT
+
+
+@on_each_device
+@pytest.mark.parametrize("which", ["fast", "plain"])
+def test_checkpointing_keeps_nothing_that_it_computed_again(which, device):
+    model, plain, idx, targets = fast_and_plain(device, n_layer=5)
+    model = model if which == "fast" else plain
+    model.checkpoint, streams, original = True, [], moda.DepthStream.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moda.DepthStream, "__init__", lambda self, *a: (streams.append(self), original(self, *a))[1])
+        loss = model(idx, targets)[1]
+    slots = list(streams[0].k)
+    loss.backward()
+    assert streams[0].k == slots and (which == "plain" or not streams[0].order.requires_grad)
+
+
+@pytest.mark.parametrize("which", ["fast", "plain"])
+def test_a_layer_that_runs_twice(which):
+    model, plain, idx, _ = fast_and_plain()
+    model = model if which == "fast" else plain
+    model.blocks.insert(1, model.blocks[0])
+    with pytest.raises(RuntimeError, match="written twice"):
+        model(idx)
+
+
 @pytest.mark.gpu
 def test_backward_on_the_stream_of_the_forward():
     """The gradient of the loss is late: operations that wait for it on the wrong stream read too early."""
