@@ -82,7 +82,7 @@ MUTANTS = [  # file, a line or a part of one that is there once, what it becomes
     ("moda.py", "self.k.dtype, self.sums, self.sum_first)", "self.k.dtype, self.sums, first)"),
     ("moda.py", "            ctx.slots.begin_backward(ctx.stop)\n", ""),
     ("moda.py", "reader=self.table[len(self.readers)], first=start)", "reader=self.table[len(self.readers)], first=start + 1)"),
-    ("moda.py", "        o, self.order = _Attend.apply(", "        o, _ = _Attend.apply("),
+    ("moda.py", "            self.order = order\n", "            pass\n"),
     ("moda.py", "            self.order = _Write.apply(", "            _Write.apply("),
     ("moda.py", "first, last = slot - slot % self.per_layer, slot + 1", "first, last = slot, slot + 1"),
     ("moda.py", "        self.k[slot], self.v[slot] = k, v\n\n    def read", "        self.k[slot], self.v[slot] = k, k\n\n    def read"),
