@@ -14,6 +14,7 @@ The operator itself lives in kernel.py.
 import functools
 import math
 from dataclasses import dataclass, fields
+from types import MethodType
 
 import torch
 import torch.nn as nn
@@ -231,6 +232,7 @@ class _Slots:
         """Forget what an earlier backward, finished or broken off, has left. This one begins at the layer that reads
         the slots up to `stop`."""
         self.readers, self.table, self.done = [], None, {}
+        self.task = torch._C._current_graph_task_id()  # which of autograd's backwards this is
         self.whole = stop == self.n_all  # from the last layer on, so that the forward is over
         # how many readers lie above the block, what they add to its slots (dk, dv), the first of these slots
         self.n_summed, self.sums, self.sum_first = 0, None, 0
@@ -283,10 +285,14 @@ class _Slots:
         return self.done[slot]
 
 
-def _refuse_second_derivative():
+def _check_backward(slots):
     # once_differentiable refuses by a node of the graph, which torch.autograd.grad(..., inputs) may never visit
     if torch.is_grad_enabled():
         raise RuntimeError('the fast depth stream has no second derivatives: impl="torch" takes create_graph=True')
+    if slots.task != torch._C._current_graph_task_id():
+        raise RuntimeError(
+            'a graph of the fast depth stream was differentiated within its own backward: use impl="torch"'
+        )
 
 
 class _Write(torch.autograd.Function):
@@ -300,7 +306,7 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dorder):
-        _refuse_second_derivative()
+        _check_backward(ctx.slots)
         if ctx.slot == ctx.slots.lowest:
             Variable._execution_engine.queue_callback(lambda: ctx.slots.end_backward(ctx))
         return *ctx.slots.gradients(ctx.slot), dorder, None, None
@@ -317,11 +323,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dorder):
-        _refuse_second_derivative()
         q, k, v, o, lse = ctx.saved_tensors
         if dorder is None:  # nothing later was read: this backward starts here
             ctx.slots.begin_backward(ctx.stop)
             dorder = q.new_empty(0)
+        _check_backward(ctx.slots)
         # one kernel goes through all readers: they shall lie alike, also where a hook has moved one
         q = kernel._laid_out(q, ctx.slots.readers[0][0] if ctx.slots.readers else q)
         o = kernel._laid_out(o, q)
@@ -365,7 +371,8 @@ def rotate(x, cos, sin):
 def linears(x, *layers):
     """[layer(x) for layer in layers] for linear layers, in one matrix product, so that x and its gradient pass by once.
     The weights stay parameters of their own: Muon orthogonalises each."""
-    if not torch.is_grad_enabled():  # joining the weights copies them: for the few tokens of a decoding step, too dear
+    plain = all(type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks) for layer in layers)
+    if not torch.is_grad_enabled() or not plain:  # joining copies the weights: too dear for the few tokens of decoding
         return [layer(x) for layer in layers]
     weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(biases)
@@ -521,14 +528,14 @@ class MoDA(nn.Module):
         if self.checkpoint and torch.is_grad_enabled():
             for block in self.blocks:
                 x = checkpoint(block, x, rope, stream, cache, maps, use_reentrant=False)
-        elif self.compiled:  # the same, cut at the attentions instead of the layers
-            projected = _compiled(Block.before_attention)(self.blocks[0], x, rope)
+        elif self._in_parts():  # the same, cut at the attentions instead of the layers
+            projected = _compiled(self.blocks[0].before_attention)(x, rope)
             for block, following in zip(self.blocks[:-1], self.blocks[1:], strict=True):
                 o = block.attn(*projected, stream, cache, maps)
-                x, slot, projected = _compiled(Block.between)(block, following, x, o, rope)
+                x, slot, projected = _compiled(block.between)(following, x, o, rope)
                 block.write(slot, stream)
             o = self.blocks[-1].attn(*projected, stream, cache, maps)
-            x, _ = _compiled(Block.after_attention)(self.blocks[-1], x, o, rope)
+            x, _ = _compiled(self.blocks[-1].after_attention)(x, o, rope)
         else:
             for block in self.blocks:
                 x = block(x, rope, stream, cache, maps)
@@ -555,8 +562,8 @@ class MoDA(nn.Module):
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of idx {tuple(idx.shape)}")
-        head = _compiled(MoDA.head) if self.compiled else MoDA.head
-        return head(self, self._hidden(idx), targets)
+        head = _compiled(self.head) if self._in_parts() else self.head
+        return head(self._hidden(idx), targets)
 
     def head(self, x, targets=None):
         """x (B, T, n_embd), targets (B, T) or None -> (logits, loss or None), as `forward`."""
@@ -568,12 +575,17 @@ class MoDA(nn.Module):
     def compile_parts(self):
         """torch.compile everything but the attention and the depth stream, which stay eager: what lies between two
         attentions becomes one graph, the same for every layer. The fastest way to train on a GPU. Returns self.
-        Hooks of a Block, which spans two graphs, are not called then; those of what is in it are.
+        Hooks of a Block, which spans two graphs, are not called then, and what is in it has to have its hooks before
+        the first call. With `checkpoint`, training runs eagerly.
         (`torch.compile(model)` works as well; its depth stream is then the plain one.)"""
         limits = torch._dynamo.config  # all models share the parts' code; beyond this many variants it runs eagerly
         limits.recompile_limit = max(limits.recompile_limit, 64)
         self.compiled = True
         return self
+
+    def _in_parts(self):
+        # a graph would drop the tangents of forward mode; and in torch.compile(model) all is one graph anyway
+        return self.compiled and not kernel._forward_mode() and not torch.compiler.is_compiling()
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
@@ -627,11 +639,13 @@ class MoDA(nn.Module):
     flops = staticmethod(flops)
 
 
-@functools.cache
-def _compiled(part):
-    """torch.compile of a method, to be called with its object. One compiled with its object inside would, in a copy of
-    the model, go on computing with the weights of the original."""
-    return torch.compile(part)
+_compile = functools.cache(torch.compile)  # a function's graphs, for all objects that have it as their method
+
+
+def _compiled(method):
+    """obj.method, compiled as a function of obj. A compiled method kept by its object would, in a copy of the model,
+    go on computing with the weights of the original."""
+    return MethodType(_compile(method.__func__), method.__self__)
 
 
 def capture(step, *inputs, warmup=3):
