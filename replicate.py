@@ -206,14 +206,18 @@ def tries(lines):
     return groups
 
 
+def best_setting(tried):
+    """{(lr, warmup): {seed: line}} -> the setting with the lowest mean loss, of those with the most seeds."""
+    most = max(map(len, tried.values()))
+    settings = [setting for setting, runs in tried.items() if len(runs) == most]
+    return min(settings, key=lambda setting: sum(line["val_loss"] for line in tried[setting].values()))
+
+
 def best_runs(lines):
-    """-> {(n_layer, norm, optimizer, epochs): {row: its lines}}, each row at the best learning rate and warmup, by the
-    mean loss, of those that it was run at with the most seeds."""
+    """-> {(n_layer, norm, optimizer, epochs): {row: its lines, seed by seed, at its best setting}}."""
 
     def best(tried):
-        most = max(map(len, tried.values()))
-        settings = [runs for runs in tried.values() if len(runs) == most]
-        runs = min(settings, key=lambda runs: sum(line["val_loss"] for line in runs.values()))
+        runs = tried[best_setting(tried)]
         return [runs[seed] for seed in sorted(runs)]
 
     return {group: {row: best(tried) for row, tried in rows.items()} for group, rows in tries(lines).items()}
@@ -299,9 +303,9 @@ any; the first runs did not record it."""
 
 
 def plot(groups, tried):
-    """Where most was run: rows 3 and 4 minus plain of the same seed and setting over training, and the loss at each
-    learning rate. Differences at the end, an optimizer a panel: rows 3 and 4 minus plain, each at its best setting, all
-    others at the same setting as plain."""
+    """Where most was run: rows 3 and 4 minus plain of the same seed over training, at the best setting that plain was
+    run at too, and the loss at each learning rate. Differences at the end, an optimizer a panel: rows 3 and 4 minus
+    plain, each at its best setting, all others at the same setting as plain."""
     colors, points = {"row3": "#E69F00", "row4": "#009E73"}, {}
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
         title = f"{n_layer} layers, {norm}-norm" + f", {epochs:g} epochs" * (epochs != 1)
@@ -318,12 +322,15 @@ def plot(groups, tried):
     grid = columns[1].subgridspec(max(1, len(panels)), 1, height_ratios=[len(rows) + 1 for _, rows in panels] or None)
     _, most_norm, most, most_epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
     for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
-        at_setting = tried[n_layer, norm, optimizer, epochs].get("plain", {})
+        here = tried[n_layer, norm, optimizer, epochs]
         wanted = (norm, optimizer, epochs) == (most_norm, most, most_epochs)
         for row in (row for row in colors if row in rows and wanted):
-            label = f"{n_layer} layers: {row}"
-            plain = at_setting.get((rows[row][0]["lr"], rows[row][0]["warmup"]), {})
-            for line in (line for line in rows[row] if line["seed"] in plain):
+            shared = {setting: runs for setting, runs in here[row].items() if setting in here.get("plain", {})}
+            if not shared:
+                continue
+            setting = best_setting(shared)
+            label, plain = f"{n_layer} layers: {row}", here["plain"][setting]
+            for line in (line for seed, line in shared[setting].items() if seed in plain):
                 pairs = zip(line["curve"], plain[line["seed"]]["curve"], strict=True)
                 seen = [(tokens / 1e6, loss - base) for (tokens, _, loss), (*_, base) in pairs if base is not None]
                 left.plot(*zip(*seen, strict=True), color=colors[row], lw=n_layer / 20, label=label)
