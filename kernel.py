@@ -746,21 +746,23 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     head h // (n_head // n_kv_head). With T_q < T_kv the queries are the last T_q positions (decoding).
 
     causal: query t sees sequence keys up to its own position. The depth slots are those of its own position always.
-    scale: multiplies the logits; None is head_dim ** -0.5.
+    scale: a number that multiplies the logits; None is head_dim ** -0.5.
     impl: None, the fastest that can run here, or one of `IMPLS`:
         "reference"  the equation with its (T_q, T_kv) matrix, differentiated by autograd
         "torch"      PyTorch's fused attention, continued over depth in plain PyTorch; O(T * n_slot) memory.
-                     Where PyTorch has no fused attention for the device or dtype, this is the reference.
+                     Where PyTorch has no fused attention for the device, dtype or head_dim (over 256 on CUDA), this is
+                     the reference.
         "triton"     PyTorch's fused attention, continued over depth by the kernels above
         "fused"      forward all in one kernel, the paper's Algorithm 1; backward as "triton"
     return_lse: also return the joint log-sum-exp (B, n_head, T_q), float32 or wider, not differentiable.
 
     Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable, once, in all five tensors; in
     forward mode (torch.func.jvp) every impl is the reference.
-    A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0.
+    A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0. Without
+    slots, PyTorch's attention on the CPU makes zeros of a query of NaN.
     Under autocast the inputs are cast as those of PyTorch's own attention are.
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal, for empty tensors,
-    and for an `impl` that is unknown or cannot run here.
+    for a tensor as scale (it would get no gradient), and for an `impl` that is unknown or cannot run here.
     """
     device_type = q.device.type if isinstance(q, torch.Tensor) else "cpu"
     if device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
@@ -769,6 +771,8 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
             x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in casts else x for x in (q, k, v, depth_k, depth_v)
         )
     _check(q, k, v, depth_k, depth_v, causal)
+    if isinstance(scale, torch.Tensor):
+        raise ValueError("scale must be a number: as a tensor it would get no gradient")
     if impl not in (None, *IMPLS):
         raise ValueError(f"unknown impl {impl!r}: choose None or one of {', '.join(map(repr, IMPLS))}")
     why_not = _why_not_triton(q)

@@ -124,8 +124,8 @@ def flops(config, T):
     attention not halved for causality, LM head counted, norms and other elementwise work not. Needs no weights."""
     c, kv_dim = config, config.n_kv_head * config.head_dim
     layer = 2 * c.n_embd**2 + 2 * c.n_embd * kv_dim + 3 * c.n_embd * c.hidden  # wq, wo, wk, wv, SwiGLU
-    kinds = ["attn"] * c.attn_kv + ["ffn"] * c.ffn_kv  # slots with a projection of their own
-    n_extra = sum(c.is_read(kind, i) for i in range(c.n_layer) for kind in kinds)
+    projected = ["attn"] * c.attn_kv + ["ffn"] * c.ffn_kv  # slots with a projection of their own
+    n_extra = sum(c.is_read(kind, i) for i in range(c.n_layer) for kind in projected)
     weights = c.n_layer * layer + n_extra * 2 * c.n_embd * kv_dim + c.n_embd * c.vocab_size
     keys = sum(T + len(c.slot_names(i)) for i in range(c.n_layer))  # that one query sees, over all layers
     return 2 * T * weights + 4 * T * keys * c.n_embd
@@ -143,7 +143,7 @@ class DepthStream:
     """
 
     def __init__(self, config, impl=None):
-        self.impl, self.n_all = impl, config.slot_range(config.n_layer - 1)[1]  # slots, of all layers
+        self.impl, self.n_all = impl, config.slot_range(config.n_layer - 1)[1]  # all slots that are read
         self.k, self.v = [None] * self.n_all, [None] * self.n_all
         self.with_grad = {}  # slot: whether gradients were on when it was written
         self.skipped = set()  # of layers that read without gradients: the `stop` of their range
@@ -361,9 +361,9 @@ def rms_norm(n):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, n, T, head_dim): turn each pair (x[i], x[i + head_dim / 2]) by its position's angle i.
+    """Rotary embedding of x (..., head_dim): turn each pair (x[i], x[i + head_dim / 2]) by its position's angle i.
 
-    cos, sin (T, head_dim / 2)."""
+    cos, sin (T, head_dim / 2), or (T, 1, head_dim / 2) where x is (B, T, n_head, head_dim)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -396,8 +396,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x, kv=None):
-        """x (B, T, n_embd) -> the same shape, and the k, v that the KVProjection kv makes of x, heads side by side."""
-        gate, up, *slot = linears(x, self.gate, self.up, *([kv.wk, kv.wv] if kv else []))  # (B, T, hidden) each
+        """x (B, T, n_embd) -> the same shape, and the k, v (B, T, n_kv_head * head_dim) that kv makes of x."""
+        gate, up, *slot = linears(x, self.gate, self.up, *([kv.wk, kv.wv] if kv else []))
         return self.down(F.silu(gate) * up), *slot  # not nested: reentrant checkpointing would not see them
 
 
@@ -555,7 +555,7 @@ class MoDA(nn.Module):
         return FastDepthStream if wanted and able and eager else DepthStream
 
     def forward(self, idx, targets=None):
-        """idx (B, T) token ids, T <= block_size; targets (B, T) or None, positions with -1 are left out of the loss.
+        """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None, positions with -1 are left out.
 
         Returns (logits (B, T, vocab_size), mean cross-entropy in nats per token or None). Raises ValueError for empty
         or too long input, or ids that are not integers.
@@ -594,6 +594,7 @@ class MoDA(nn.Module):
         temperature 0 takes the likeliest token; top_k samples among the k likeliest. When the context outgrows
         block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a cache:
         a sliding cache would not equal the model without one, as deep keys still carry what was dropped.
+        Raises ValueError for an empty prompt, ids that are not integers, and arguments out of range.
         """
         if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
@@ -623,6 +624,7 @@ class MoDA(nn.Module):
         """Where every layer looks (the paper's Figure 5): a list over layers of (B, n_head, T, T + n_slot).
 
         Rows sum to 1: sequence columns first, then the depth slots in the order of `slot_names(layer)`.
+        Raises ValueError as `forward` does.
         """
         maps = []
         self._hidden(idx, maps=maps)
@@ -635,8 +637,6 @@ class MoDA(nn.Module):
     def num_params(self):
         """Parameters, the tied embedding counted once."""
         return sum(p.numel() for p in self.parameters())
-
-    flops = staticmethod(flops)
 
 
 _compile = functools.cache(torch.compile)  # a function's graphs, for all objects that have it as their method
@@ -653,7 +653,8 @@ def capture(step, *inputs, warmup=3):
 
     Python is not asked again: where small kernels wait for it, a training step gets several times as fast. For that
     reason the step must not depend on anything but its inputs and on tensors that stay where they are; what it makes
-    (its result, and gradients that it lets begin as None) is overwritten by the next replay.
+    (its result, and gradients that it lets begin as None) is overwritten by the next replay. The function that replays
+    raises ValueError for inputs of another shape or dtype.
     warmup: how often to run it first, for whatever is compiled, planned or loaded at first use.
     """
     inputs = [x.clone() for x in inputs]

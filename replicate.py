@@ -90,6 +90,8 @@ def novels(folder, part):
 
 def corpus(folder):
     """-> {"tokens", "held_out" (n_token,) int16, "tokenizer", "sha256", "bytes"}, kept in runs/novels.pt."""
+    if TOKENS.exists() and folder:
+        print(f"note: the tokens are in {TOKENS} already, {folder} is not read")
     if not TOKENS.exists():
         texts = [novels(folder, part) for part in ("train", "val")]
         tokenizer = make_tokenizer("bpe", texts[:1], 4096)

@@ -280,13 +280,13 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-def load_checkpoint(folder, device="cpu"):
-    """-> (the checkpoint's dict, tiktoken.Encoding); ValueError if the folder holds no usable run."""
+def load_checkpoint(folder):
+    """-> (the checkpoint's dict, on the CPU, tiktoken.Encoding); ValueError if the folder holds no usable run."""
     folder = Path(folder)
     if not (folder / "checkpoint.pt").is_file():
         raise ValueError(f"there is no run in {str(folder)!r}: no checkpoint.pt")
     try:
-        state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         known = isinstance(state, dict) and state.get("format") == FORMAT
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8")) if known else None
     except Exception as error:  # whatever the damage makes the loaders stumble over
@@ -298,10 +298,13 @@ def load_checkpoint(folder, device="cpu"):
 
 def load_run(folder, device="cpu"):
     """Load a run folder -> (model, tiktoken.Encoding); ValueError if it holds no usable run."""
-    state, tokenizer = load_checkpoint(folder, device)
-    model = MoDA(MoDAConfig(**state["model_config"])).to(device)
-    model.load_state_dict(state["model"])
-    return model.eval(), tokenizer
+    state, tokenizer = load_checkpoint(folder)
+    try:
+        model = MoDA(MoDAConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the run in {str(folder)!r} is foreign to this version of the code: {error!r}") from error
+    return model.to(device).eval(), tokenizer
 
 
 def export_run(folder, to):
@@ -340,14 +343,14 @@ def plot(path, histories):
 def commit():
     """The commit of this code, with "-dirty" if a .py file differs from it, or None. Where the code was copied without
     its git history, COMMIT in the environment names it."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
     git = functools.partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
     try:
         changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode == 1
-        return (git(["git", "describe", "--always"]).stdout.strip() + "-dirty" * changed) or None
+        if name := git(["git", "describe", "--always"]).stdout.strip():
+            return name + "-dirty" * changed
     except OSError:  # no git
-        return None
+        pass
+    return os.environ.get("COMMIT")
 
 
 def machine(device):
@@ -385,7 +388,7 @@ def interrupt_between_steps():
 
 
 def train(folder, config, model_config, tokenizer, tokens, windows, data, resume=False):
-    """Train one model and write its run folder -> (model, results as in `main`).
+    """Train one model and write its run folder -> (model, results as in `main`, without run, sample and plain).
 
     tokens (n_token,) and the validation windows, two of (n_window, T), lie on the device that is to train; data is for
     the record. With resume, goes on from the folder's checkpoint if it has one. SystemExit after Ctrl-C, once all is
@@ -400,7 +403,7 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
     checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
     step, saved, seconds, rows, shown = 0, 0, 0.0, [], {}
     if resume and checkpoint.exists():
-        state, _ = load_checkpoint(folder, device)
+        state, _ = load_checkpoint(folder)
         step = saved = state["step"]
         seconds, rows = state["seconds"], read_metrics(metrics, step)
         model.load_state_dict(state["model"])
@@ -571,6 +574,8 @@ def choose_folder(out, preset, resume):
         numbered = (Path("runs", preset if i == 1 else f"{preset}-{i}") for i in itertools.count(1))
         used = list(itertools.takewhile(lambda folder: (folder / "checkpoint.pt").exists(), numbered))
         return used[-1] if resume and used else Path("runs", f"{preset}-{len(used) + 1}" if used else preset)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"--out {out!r} is a file, and has to be a folder")
     if (Path(out) / "checkpoint.pt").exists() and not resume:
         raise ValueError(f"{out!r} already holds a run: add --resume to go on with it, or choose another --out")
     return Path(out)
@@ -594,11 +599,13 @@ def prepare(options, out, resume, device):
             raise ValueError(f"the run in {str(folder)!r} is an export, without its optimizer: it cannot go on")
         old = state["train_config"]
         fixed = state["model_config"] | {"vocab_size": state["data"]["vocab_size"]}
-        fixed |= {name: old[name] for name in ("preset", "tokenizer", "optimizer")}
+        fixed |= {name: old[name] for name in ("preset", "tokenizer", "optimizer", "batch_size", "seed")}
         changed = [name for name, value in options.items() if fixed.get(name, value) != value]
         if changed:
             raise ValueError(f"a resumed run keeps its {' and '.join(changed)}: start a new one in another --out")
         config, model_config = TrainConfig(**old | train_options), MoDAConfig(**state["model_config"])
+        if config.steps < state["step"]:
+            raise ValueError(f"the run in {str(folder)!r} has done {state['step']} steps: --steps cannot be less")
     else:
         model_config = replace(PRESETS[config.preset], **model_options)
     if config.batch_size % (WORLD * config.grad_accum):
@@ -630,8 +637,8 @@ def main(argv=None):
     """Train as the command line says (argv: list of strings, None: sys.argv) -> the results, a dict.
 
     run (the folder), val_loss (nats per token) and val_bpb (bits per byte) over the whole validation split,
-    parameters, seconds, tokens_per_s, history (the rows of metrics.jsonl), sample; with --compare also plain, such a
-    dict of the other model. SystemExit with one clear sentence for whatever cannot work.
+    parameters, seconds, tokens_per_s, history (the rows of metrics.jsonl), sample; with --compare also plain, the
+    same of the other model but for run and sample. SystemExit with one clear sentence for whatever cannot work.
     """
     options = parse_arguments(argv)
     out, resume, name, assignments = (options.pop(key) for key in ("out", "resume", "device", "set"))
@@ -651,7 +658,7 @@ def main(argv=None):
     table = {label: results}
     if config.compare:
         plain = replace(model_config, depth_kv=False, ffn_kv=False, attn_kv=False, depth_window=None)
-        table["plain"] = train(folder / "plain", config, plain, tokenizer, *inputs)[1]
+        table["plain"] = train(folder / "plain", replace(config, compare=False), plain, tokenizer, *inputs)[1]
     if RANK == 0:
         torch.manual_seed(config.seed)
         prompt = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(config.prompt)]], device=device)

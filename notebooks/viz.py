@@ -1,8 +1,8 @@
 """Drawing shared by the notebooks. `python notebooks/viz.py` draws the README's figure, notebooks/moda.png.
 
-One palette (Okabe and Ito's, told apart by colour-blind readers) with one meaning everywhere: blue is the sequence,
-orange an attention slot, green an FFN slot, red the boundary of [sequence | depth]. In grey print blue is the darkest
-and orange the lightest of the three.
+One palette (Okabe and Ito's, told apart by colour-blind readers). Where attention is drawn, blue is the sequence,
+orange an attention slot, green an FFN slot, red the boundary of [sequence | depth]; where models are compared, blue or
+ink is plain, and orange, or orange and green, MoDA. In grey print blue is the darkest and orange the lightest.
 """
 
 import json

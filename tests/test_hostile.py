@@ -33,9 +33,8 @@ tensors = st.one_of(
 @calm
 @given(st.lists(tensors, min_size=3, max_size=5), st.booleans(), st.sampled_from([None, 0.0, -2.0, float("inf")]))
 def test_operator_given_anything(inputs, causal, scale):
-    with contextlib.suppress(ValueError):
-        o = moda_attention(*inputs, causal=causal, scale=scale)
-        assert o.shape == inputs[0].shape and o.dtype == inputs[0].dtype  # right by chance
+    with contextlib.suppress(ValueError):  # and no other error, nor a crash; something that fits is not among these
+        moda_attention(*inputs, causal=causal, scale=scale)
 
 
 @settings(calm, max_examples=200)

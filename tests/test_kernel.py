@@ -828,6 +828,11 @@ def test_errors(message, change, function):
             moda_attention(**arguments, impl=function)
 
 
+def test_a_scale_that_would_get_no_gradient():
+    with pytest.raises(ValueError, match="scale must be a number"):
+        moda_attention(*random_inputs(**BASE), scale=torch.tensor(0.3, requires_grad=True))
+
+
 @pytest.mark.parametrize("impl", ["flash", "Torch", "", 0, True])
 def test_unknown_impl(impl):
     with pytest.raises(ValueError, match=rf"impl {re.escape(repr(impl))}.*'reference', 'torch'"):

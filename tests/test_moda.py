@@ -485,7 +485,6 @@ def test_table_3(row, n_layer, params, tera):
         model = MoDA(config)
     assert model.num_params() / 1e6 == pytest.approx(params, abs=0.1)
     got = flops(config, 4096) / 1e12
-    assert got == model.flops(config, 4096) / 1e12 == MoDA.flops(config, 4096) / 1e12
     if row == 1:
         assert got == pytest.approx(tera, rel=0.01)
     else:

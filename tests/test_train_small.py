@@ -216,6 +216,10 @@ def test_resume_may_lengthen_a_run_but_not_change_its_model_or_text(whole, text,
     resume = ["--resume", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="keeps its optimizer and n_layer"):
         main([*resume, "--set", "n_layer=3", "--optimizer", "adamw" if whole[2] == "muon" else "muon"])
+    with pytest.raises(SystemExit, match="keeps its batch_size and seed"):  # they decide what it has read
+        main([*resume, "--batch-size", "8", "--seed", "5"])
+    with pytest.raises(SystemExit, match="has done 10 steps"):
+        main([*resume, "--steps", "9"])
     with pytest.raises(SystemExit, match="another text"):
         main([*resume, "--data", __file__])
     assert len(main([*resume, "--steps", "12", "--data", text])["history"]) == 12
@@ -291,8 +295,17 @@ def test_compare_trains_both_on_the_same_batches(text, tmp_path, monkeypatch, ca
     table = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split()[0] for line in table] == ["MoDA", "plain"]
     assert table[1].split()[-1] == f"{results['plain']['val_bpb']:.4f}"
+    again = main(["--resume", "--out", str(tmp_path / "plain")])  # by itself, without --compare
+    assert again["val_loss"] == results["plain"]["val_loss"]
     alone = main(arguments(tmp_path / "alone", text, settings="depth_kv=False ffn_kv=False"))
     assert alone["val_loss"] == results["plain"]["val_loss"] != results["val_loss"]
+
+
+def test_the_commit_is_that_of_git_and_else_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMMIT", "named")
+    assert (train_small.commit() == "named") == (not (ROOT / ".git").exists())
+    monkeypatch.setattr(train_small, "__file__", str(tmp_path / "copied.py"))
+    assert train_small.commit() == "named"
 
 
 def test_two_processes_agree_with_one(text, tmp_path):
@@ -312,6 +325,8 @@ def test_two_processes_agree_with_one(text, tmp_path):
 def test_run_folders_are_numbered_and_never_overwritten(whole, text, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"already holds a run: add --resume"):
         main(arguments(whole[0], text))
+    with pytest.raises(SystemExit, match=r"is a file, and has to be a folder"):
+        main(arguments(text, text))
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "tiny-2"):
         assert train_small.choose_folder(None, "tiny", False) == Path("runs", name)
@@ -374,6 +389,16 @@ def test_bad_checkpoints_are_refused_and_kept(whole, tmp_path, damage):
     with pytest.raises(SystemExit, match=r"error: .*foreign"):
         main(["--resume", "--out", str(tmp_path)])
     assert path.read_bytes() == before and not EVIL
+
+
+@pytest.mark.parametrize("part", ["model_config", "model"])
+def test_a_run_of_another_version(whole, tmp_path, part):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    state = checkpoint(tmp_path)
+    for change in ({"unheard_of": 1}, None):
+        torch.save(state | {part: state[part] | change} if change else {**state, part: {}}, tmp_path / "checkpoint.pt")
+        with pytest.raises(ValueError, match="is foreign to this version"):
+            load_run(tmp_path)
 
 
 class Evil:
