@@ -143,7 +143,7 @@ class DepthStream:
     """
 
     def __init__(self, config, impl=None):
-        self.impl, self.n_all = impl, config.slot_range(config.n_layer - 1)[1]  # all slots that are read
+        self.impl, self.n_all = impl, config.slot_range(config.n_layer - 1)[1]  # slots of all layers but the last
         self.k, self.v = [None] * self.n_all, [None] * self.n_all
         self.with_grad = {}  # slot: whether gradients were on when it was written
         self.skipped = set()  # of layers that read without gradients: the `stop` of their range
@@ -397,7 +397,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x, kv=None):
         """x (B, T, n_embd) -> the same shape, and the k, v (B, T, n_kv_head * head_dim) that kv makes of x."""
-        gate, up, *slot = linears(x, self.gate, self.up, *([kv.wk, kv.wv] if kv else []))
+        gate, up, *slot = linears(x, self.gate, self.up, *([kv.wk, kv.wv] if kv else []))  # gate, up (B, T, hidden)
         return self.down(F.silu(gate) * up), *slot  # not nested: reentrant checkpointing would not see them
 
 

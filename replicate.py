@@ -90,8 +90,6 @@ def novels(folder, part):
 
 def corpus(folder):
     """-> {"tokens", "held_out" (n_token,) int16, "tokenizer", "sha256", "bytes"}, kept in runs/novels.pt."""
-    if TOKENS.exists() and folder:
-        print(f"note: the tokens are in {TOKENS} already, {folder} is not read")
     if not TOKENS.exists():
         texts = [novels(folder, part) for part in ("train", "val")]
         tokenizer = make_tokenizer("bpe", texts[:1], 4096)
@@ -101,6 +99,8 @@ def corpus(folder):
         data |= {"sha256": [hashlib.sha256(x).hexdigest() for x in raw], "bytes": [len(x) for x in raw]}
         TOKENS.parent.mkdir(exist_ok=True)
         write_atomically(TOKENS, partial(torch.save, data))
+    elif folder:
+        print(f"note: {folder} is not read, its tokens are taken to be those in {TOKENS}")
     data = torch.load(TOKENS, weights_only=True)
     if any(line["sha256"] != data["sha256"] for line in finished()):
         raise SystemExit(f"error: {RESULTS} is about another text than {TOKENS}: move one of them away")

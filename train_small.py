@@ -281,7 +281,7 @@ def write_atomically(path, write):
 
 
 def load_checkpoint(folder):
-    """-> (the checkpoint's dict, on the CPU, tiktoken.Encoding); ValueError if the folder holds no usable run."""
+    """-> (the checkpoint's dict, tensors on the CPU, tiktoken.Encoding); ValueError if there is no usable run."""
     folder = Path(folder)
     if not (folder / "checkpoint.pt").is_file():
         raise ValueError(f"there is no run in {str(folder)!r}: no checkpoint.pt")
@@ -289,6 +289,12 @@ def load_checkpoint(folder):
         state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         known = isinstance(state, dict) and state.get("format") == FORMAT
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8")) if known else None
+        if known:  # settings and weights that this version of the code does not have?
+            TrainConfig(**state["train_config"])
+            with torch.device("meta"):
+                wanted = MoDA(MoDAConfig(**state["model_config"])).state_dict()
+            if {name: w.shape for name, w in wanted.items()} != {name: w.shape for name, w in state["model"].items()}:
+                raise ValueError("other weights than the model has")
     except Exception as error:  # whatever the damage makes the loaders stumble over
         raise ValueError(f"the checkpoint or tokenizer in {str(folder)!r} is damaged or foreign: {error!r}") from error
     if not known:
@@ -299,11 +305,8 @@ def load_checkpoint(folder):
 def load_run(folder, device="cpu"):
     """Load a run folder -> (model, tiktoken.Encoding); ValueError if it holds no usable run."""
     state, tokenizer = load_checkpoint(folder)
-    try:
-        model = MoDA(MoDAConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the run in {str(folder)!r} is foreign to this version of the code: {error!r}") from error
+    model = MoDA(MoDAConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
     return model.to(device).eval(), tokenizer
 
 

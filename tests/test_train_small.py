@@ -391,14 +391,20 @@ def test_bad_checkpoints_are_refused_and_kept(whole, tmp_path, damage):
     assert path.read_bytes() == before and not EVIL
 
 
-@pytest.mark.parametrize("part", ["model_config", "model"])
-def test_a_run_of_another_version(whole, tmp_path, part):
+@pytest.mark.parametrize("part", ["train_config", "model_config", "model"])
+@pytest.mark.parametrize("change", ["one too many", "missing"])
+def test_a_run_of_another_version(whole, tmp_path, part, change):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     state = checkpoint(tmp_path)
-    for change in ({"unheard_of": 1}, None):
-        torch.save(state | {part: state[part] | change} if change else {**state, part: {}}, tmp_path / "checkpoint.pt")
-        with pytest.raises(ValueError, match="is foreign to this version"):
-            load_run(tmp_path)
+    if change == "missing":
+        del state[part]
+    else:
+        state[part]["unheard_of"] = torch.zeros(1)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        load_run(tmp_path)
+    with pytest.raises(SystemExit, match="damaged or foreign"):
+        main(["--resume", "--out", str(tmp_path)])
 
 
 class Evil:
