@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 from matplotlib.figure import Figure
 
-import bench
+from experiments import bench
 
 
 @pytest.fixture

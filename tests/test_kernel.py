@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-import bench
 import kernel
+from experiments import bench
 from kernel import moda_attention, moda_attention_reference, moda_attention_weights
 
 # what is tested: (impl, device, the dtypes it is tested in)
@@ -676,7 +676,7 @@ class Compile:  # stands in for a kernel: compiles what it is launched with, for
         known = dict(re.findall(r"mov\\.b32\\s+(%r\\d+), (-?\\d+);", ptx))
         for pair in re.findall(r"\\.[su]16x2\\s+%r\\d+, (%r\\d+), (%r\\d+);", ptx):
             for number in (int(known[x]) for x in pair if x in known):
-                # with one half empty, ptxas up to 13.0 drops the constant: see results/NOTES.md
+                # with one half empty, ptxas up to 13.0 drops the constant: see experiments/NOTES.md
                 assert number & 0xFFFF and number >> 16 & 0xFFFF, (self.fn.__name__, meta)
         print("compiled", self.fn.__name__, meta)
 

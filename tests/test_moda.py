@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernel
 import moda
-from bench import train_step
+from experiments.bench import train_step
 from kernel import moda_attention, moda_attention_reference
 from moda import PRESETS, DepthStream, FastDepthStream, KVCache, MoDA, MoDAConfig, capture, flops
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-import replicate
+from experiments import replicate
+from experiments.replicate import ROWS, cell_config
 from moda import MoDA
-from replicate import ROWS, cell_config
 
 
 @pytest.fixture

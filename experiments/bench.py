@@ -1,10 +1,12 @@
-"""Measurements. Each command prints its table and writes results/<command>_<gpu>.json with every repetition in it.
+"""Measurements. Each command prints its table and writes experiments/results/<command>_<gpu>.json with every repetition
+in it. From the root of the repository:
 
-    python bench.py kernel    the operator against attention without depth, in the settings of the paper's Table 2,
-                              and the paper's Table 7, the ladder from naive loops to the kernel
-    python bench.py train     whole training steps, forward + backward, with and without depth, in four shapes
-    python bench.py generate  cached decoding with and without depth
-    python bench.py scale     time and memory over n_layer, T and the window of slots, beside the formulas of Table 1
+    python -m experiments.bench kernel    the operator against attention without depth, in the settings of the paper's
+                                          Table 2, and the paper's Table 7, the ladder from naive loops to the kernel
+    python -m experiments.bench train     whole training steps, forward + backward, with and without depth, four shapes
+    python -m experiments.bench generate  cached decoding with and without depth
+    python -m experiments.bench scale     time and memory over n_layer, T and the window of slots, beside the formulas
+                                          of Table 1
 
 Variants take turns, repetition by repetition, so that a drift of the clock hits all alike; differences are medians
 over the turns. Nothing is timed before it has been checked: `kernel` against the equation in float64 on the same
@@ -108,7 +110,7 @@ def write(name, result):
     path.parent.mkdir(exist_ok=True)
     numbers = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
     path.write_text(json.dumps(numbers, separators=(",", ":")).replace("},{", "},\n{") + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path.relative_to(ROOT.parent)}")
     return path
 
 
@@ -373,7 +375,7 @@ def plot_kernel(result, path):
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(f"{result['machine']['gpu']}, bf16, B = 1, 8 KV heads, head_dim 64", fontsize=11)
     fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path.relative_to(ROOT.parent)}")
 
 
 # --------------------------------------------------------------------------------------------------- bench.py train
@@ -583,7 +585,7 @@ def plot_train(results, path):
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(f"{results[shapes[0]]['machine']['gpu']}, bf16, forward + backward", fontsize=11)
     fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path.relative_to(ROOT.parent)}")
 
 
 def interleave_steps(steps, reps):
@@ -723,7 +725,7 @@ def plot_scale(result, path):
     panels[0].legend(frameon=False, fontsize=9)
     fig.suptitle(f"{result['machine']['gpu']}, bf16, 512 wide, 8 heads, 2 kv heads, not compiled", fontsize=11)
     fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path.relative_to(ROOT.parent)}")
 
 
 def main():

@@ -1,7 +1,9 @@
 """Does depth KV help? The paper's Table 6 at single-GPU scale, one cell of the table a run.
 
-    python replicate.py --data FOLDER 24l-post-plain 24l-post-row4 --seeds 0 1 2     train these, one after the other
-    python replicate.py report                                                       results/quality.md, quality.png
+    python -m experiments.replicate --data FOLDER 24l-post-plain 24l-post-row4 --seeds 0 1 2
+        trains these, one after the other
+    python -m experiments.replicate report
+        writes results/quality.md and quality.png, in this folder
 
 A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run appends one line to results/quality.jsonl;
 what is there already is not run again, and what was cut off goes on where it was. Once runs/novels.pt is there, several
@@ -42,7 +44,7 @@ from train_small import (
 )
 
 ROOT = Path(__file__).parent
-RESULTS, TOKENS = ROOT / "results" / "quality.jsonl", ROOT / "runs" / "novels.pt"
+RESULTS, TOKENS = ROOT / "results" / "quality.jsonl", ROOT.parent / "runs" / "novels.pt"
 PLAIN = {"depth_kv": False, "ffn_kv": False}
 ROWS = {  # name: (what it is, changes to the config)
     "plain": ("plain Transformer", PLAIN),
@@ -173,7 +175,7 @@ def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     tokens, held_out = (data[part].long().to(device) for part in ("tokens", "held_out"))
     windows = validation_windows(held_out, model_config.block_size)
     name = (cell, steps, optimizer, f"{lr:g}", warmup, f"s{seed}", data["sha256"][0][:8])  # what resuming must not mix
-    folder = ROOT / "runs" / "replicate" / "-".join(map(str, name))
+    folder = TOKENS.parent / "replicate" / "-".join(map(str, name))
     source = {"source": "100 English novels", "sha256": data["sha256"], "bytes": data["bytes"]}
     tokenizer = tokenizer_from_json(data["tokenizer"])
     model, result = train(folder, config, model_config, tokenizer, tokens, windows, source, resume=True)
@@ -253,14 +255,14 @@ def report():
     text = [
         """# Quality: does depth KV lower the loss?
 
-Written by `python replicate.py report` from quality.jsonl. Loss in nats per token and bits per byte of UTF-8, over the
-whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps. Each row at the
-learning rate and warmup with the lowest mean loss among those that it was run at with the most seeds (of: how many were
-tried at all). One seed says little, so all runs are below. The difference is to the plain model of the same seed, at
-its own such setting, over the seeds that both have (in brackets, how many); beside it, that of the paper's Table 6, on
-other data; same setting: to the plain model at the row's own learning rate and warmup, which is what the ablations are
-to be judged by. Depth: the share of attention that slots get, over 2,048 validation tokens and the layers that read
-any; the first runs did not record it."""
+Written by `python -m experiments.replicate report` from quality.jsonl. Loss in nats per token and bits per byte of
+UTF-8, over the whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps.
+Each row at the learning rate and warmup with the lowest mean loss among those that it was run at with the most seeds
+(of: how many were tried at all). One seed says little, so all runs are below. The difference is to the plain model of
+the same seed, at its own such setting, over the seeds that both have (in brackets, how many); beside it, that of the
+paper's Table 6, on other data; same setting: to the plain model at the row's own learning rate and warmup, which is
+what the ablations are to be judged by. Depth: the share of attention that slots get, over 2,048 validation tokens and
+the layers that read any; the first runs did not record it."""
     ]
     for group, rows in sorted(groups.items()):
         n_layer, norm, optimizer, epochs = group
