@@ -10,41 +10,33 @@ what is there already is not run again, and what was cut off goes on where it wa
 processes may run side by side, each with cells or seeds of its own: small models gain from it. A row's speed is that of
 its fastest run: run plain and row4 alone before longer.
 
-The text: English novels of 1839 to 1929, of which validation holds whole books that training never sees. FOLDER is the
-folder corpus/ of a clone of github.com/computationalstylistics/100_english_novels, or holds novels_train.txt and
-novels_val.txt (or .txt.xz). Its tokens are kept in runs/novels.pt, so that FOLDER is needed once.
+The text is in texts.py. Its tokens are kept in runs/novels.pt, so that FOLDER is needed once.
 """
 
 import argparse
-import hashlib
 import json
-import lzma
 import math
 import re
 import statistics
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
+from experiments import texts
 from moda import PRESETS, MoDA
 from train_small import (
     TrainConfig,
-    encode,
     machine,
-    make_tokenizer,
     pick_device,
     tokenizer_from_json,
-    tokenizer_to_json,
     train,
     validation_windows,
-    write_atomically,
 )
 
 ROOT = Path(__file__).parent
-RESULTS, TOKENS = ROOT / "results" / "quality.jsonl", ROOT.parent / "runs" / "novels.pt"
+RESULTS = ROOT / "results" / "quality.jsonl"
 PLAIN = {"depth_kv": False, "ffn_kv": False}
 ROWS = {  # name: (what it is, changes to the config)
     "plain": ("plain Transformer", PLAIN),
@@ -65,48 +57,14 @@ BATCH, WARMUP = 16, 300  # sequences of 512 tokens; steps
 NAMES = {"muon": "Muon", "adamw": "AdamW"}  # the optimizers
 # the best for plain with 24 layers, of those in results/quality.md
 LR = {"muon": {"post": 1e-3, "pre": 2e-3}, "adamw": {"post": 1e-3, "pre": 2e-3}}
-SHA256 = [  # of the two texts that results/ is about
-    "fae1a2873b385eb1447c0843ec11af368c6cf82db0f73faa1c3e67e953666852",
-    "cdc7881b17436643220a1964772f3d3f84ccd59ad45058e7268ffc06f5a16fda",
-]
-
-
-def novels(folder, part):
-    """The text of "train" or "val": novels_PART.txt or .txt.xz in folder; else the books in it that results/novels.txt
-    names for this part, in its order, without byte-order marks, carriage returns, spaces at line ends and runs of blank
-    lines. SystemExit if there is neither."""
-    whole = Path(folder or ".", f"novels_{part}.txt")
-    if whole.exists():
-        return whole.read_bytes().decode()
-    if whole.with_suffix(".txt.xz").exists():
-        return lzma.decompress(whole.with_suffix(".txt.xz").read_bytes()).decode()
-    listed = [line.split() for line in (ROOT / "results" / "novels.txt").read_text().splitlines()]
-    text = ""
-    for book in (whole.with_name(name) for side, name in listed if side == part):
-        if not book.exists():
-            raise SystemExit(f"error: there is neither {whole} nor {book.name} beside it: see --help about --data")
-        lines = book.read_bytes().decode().replace("\ufeff", "").replace("\r", "")
-        text += re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", lines)).strip() + "\n\n"
-    return text
 
 
 def corpus(folder):
-    """-> {"tokens", "held_out" (n_token,) int16, "tokenizer", "sha256", "bytes"}, kept in runs/novels.pt."""
-    if not TOKENS.exists():
-        texts = [novels(folder, part) for part in ("train", "val")]
-        tokenizer = make_tokenizer("bpe", texts[:1], 4096)
-        tokens, held_out = (encode(tokenizer, [text]).to(torch.int16) for text in texts)
-        raw = [text.encode() for text in texts]
-        data = {"tokens": tokens, "held_out": held_out, "tokenizer": tokenizer_to_json(tokenizer)}
-        data |= {"sha256": [hashlib.sha256(x).hexdigest() for x in raw], "bytes": [len(x) for x in raw]}
-        TOKENS.parent.mkdir(exist_ok=True)
-        write_atomically(TOKENS, partial(torch.save, data))
-    elif folder:
-        print(f"note: {folder} is not read, its tokens are taken to be those in {TOKENS}")
-    data = torch.load(TOKENS, weights_only=True)
+    """The tokens of the novels (see texts.py), which must be those of results/quality.jsonl. SystemExit if not."""
+    data = texts.corpus(folder)
     if any(line["sha256"] != data["sha256"] for line in finished()):
-        raise SystemExit(f"error: {RESULTS} is about another text than {TOKENS}: move one of them away")
-    if data["sha256"] != SHA256:
+        raise SystemExit(f"error: {RESULTS} is about another text than {texts.TOKENS}: move one of them away")
+    if data["sha256"] != texts.SHA256:
         print("note: this is not, to the byte, the text of the published results: compare your runs with each other")
     return data
 
@@ -175,7 +133,7 @@ def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     tokens, held_out = (data[part].long().to(device) for part in ("tokens", "held_out"))
     windows = validation_windows(held_out, model_config.block_size)
     name = (cell, steps, optimizer, f"{lr:g}", warmup, f"s{seed}", data["sha256"][0][:8])  # what resuming must not mix
-    folder = TOKENS.parent / "replicate" / "-".join(map(str, name))
+    folder = texts.TOKENS.parent / "replicate" / "-".join(map(str, name))
     source = {"source": "100 English novels", "sha256": data["sha256"], "bytes": data["bytes"]}
     tokenizer = tokenizer_from_json(data["tokenizer"])
     model, result = train(folder, config, model_config, tokenizer, tokens, windows, source, resume=True)

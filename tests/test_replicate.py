@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import replicate
+from experiments import replicate, texts
 from experiments.replicate import ROWS, cell_config
 from moda import MoDA
 
@@ -20,9 +20,10 @@ def place(tmp_path, monkeypatch):
     """A folder of its own for runs and results, and a corpus in it, one half packed."""
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "novels.txt").write_text("train Missing.txt")
+    monkeypatch.setattr(texts, "ROOT", tmp_path)
     monkeypatch.setattr(replicate, "ROOT", tmp_path)
     monkeypatch.setattr(replicate, "RESULTS", tmp_path / "results" / "quality.jsonl")
-    monkeypatch.setattr(replicate, "TOKENS", tmp_path / "runs" / "novels.pt")
+    monkeypatch.setattr(texts, "TOKENS", tmp_path / "runs" / "novels.pt")
     words = random.Random(0).choices(
         ["the", "whale", "it", "was", "a", "captain", "of", "my", "ship", "and", "sea"], k=40_000
     )
@@ -47,14 +48,14 @@ def test_cells_of_the_table():
 
 
 def test_books_become_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(replicate, "ROOT", tmp_path)
+    monkeypatch.setattr(texts, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "novels.txt").write_text("train B.txt\nval C.txt\ntrain A.txt\n")
     (tmp_path / "A.txt").write_bytes("\ufeff\r\nCHAPTER I \t\r\n\r\n \r\n\r\n  It was.\r\n\r\n".encode())
     (tmp_path / "B.txt").write_bytes("Ça\nira".encode())
-    assert replicate.novels(tmp_path, "train") == "Ça\nira\n\nCHAPTER I\n\n  It was.\n\n"
+    assert texts.novels(tmp_path, "train") == "Ça\nira\n\nCHAPTER I\n\n  It was.\n\n"
     with pytest.raises(SystemExit, match=r"C\.txt"):
-        replicate.novels(tmp_path, "val")
+        texts.novels(tmp_path, "val")
 
 
 def test_the_best_setting_counts():
