@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-import rustbpe
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -160,6 +159,8 @@ def make_tokenizer(name, texts, vocab_size):
             raise ValueError(f"tiktoken cannot load its encoding {name!r}: {error}") from error
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257, for every byte and {END}, got {vocab_size}")
+    import rustbpe  # only here: who loads tokens needs no trainer
+
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator((piece for text in texts for piece in pieces(text)), vocab_size=vocab_size - 1)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
