@@ -1,19 +1,22 @@
 """Does depth KV help? The paper's Table 6 at single-GPU scale, one cell of the table a run.
 
     python -m experiments.replicate --data FOLDER 24l-post-plain 24l-post-row4 --seeds 0 1 2
-        trains these, one after the other
-    python -m experiments.replicate report
-        writes results/quality.md and quality.png, in this folder
+        trains these, one after the other, on the novels
+    python -m experiments.replicate --text linux --tokens 64 24l-post-plain 24l-post-row4
+        on the first 64 million tokens of the Linux kernel
+    python -m experiments.replicate report [--text linux]
+        writes results/quality.md and quality.png, or results/quality_linux.md, in this folder
 
-A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run appends one line to results/quality.jsonl;
-what is there already is not run again, and what was cut off goes on where it was. Once runs/novels.pt is there, several
-processes may run side by side, each with cells or seeds of its own: small models gain from it. A row's speed is that of
-its fastest run: run plain and row4 alone before longer.
+A cell is LAYERS-NORM-ROW, such as 24l-post-row4 (rows: see --help). Each run appends one line to results/quality.jsonl,
+or to quality_linux.jsonl; what is there already is not run again, and what was cut off goes on where it was. Once the
+tokens are in runs/, several processes may run side by side, each with cells or seeds of its own: small models gain from
+it. A row's speed is that of its fastest run: run plain and row4 alone before longer; a short run will do.
 
-The text is in texts.py. Its tokens are kept in runs/novels.pt, so that FOLDER is needed once.
+The texts are in texts.py. Their tokens are kept in runs/, so that FOLDER is needed once.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -45,12 +48,14 @@ ROWS = {  # name: (what it is, changes to the config)
     "row5": ("+ attention KV of its own", {"attn_kv": True}),
     "wide": ("plain, as many parameters as row4", PLAIN),
     "longer": ("plain, as much time as row4 took", PLAIN),
+    "longer3": ("plain, as much time as row3 took", PLAIN),
     "window4": ("row4, the last 4 slots", {"depth_window": 4}),
     "window8": ("row4, the last 8 slots", {"depth_window": 8}),
     "window16": ("row4, the last 16 slots", {"depth_window": 16}),
     "norope": ("row4, depth keys not rotated", {"depth_rope": False}),
     "noqknorm": ("row4 without QK-norm", {"qk_norm": False}),
 }
+AS_LONG_AS = {"longer": "row4", "longer3": "row3"}  # the rows that plain gets the time of
 PAPER = {(24, "post"): (3.4740, 3.4537, 3.4338), (48, "post"): (3.4062, 3.3653, 3.3484),
          (48, "pre"): (3.3800, 3.3759, 3.3656)}  # Table 6: plain, row 3, row 4; FineWeb-Edu  # fmt: skip
 BATCH, WARMUP = 16, 300  # sequences of 512 tokens; steps
@@ -59,24 +64,28 @@ NAMES = {"muon": "Muon", "adamw": "AdamW"}  # the optimizers
 LR = {"muon": {"post": 1e-3, "pre": 2e-3}, "adamw": {"post": 1e-3, "pre": 2e-3}}
 
 
-def corpus(folder):
-    """The tokens of the novels (see texts.py), which must be those of results/quality.jsonl. SystemExit if not."""
-    data = texts.corpus(folder)
-    if any(line["sha256"] != data["sha256"] for line in finished()):
-        raise SystemExit(f"error: {RESULTS} is about another text than {texts.TOKENS}: move one of them away")
-    if data["sha256"] != texts.SHA256:
+def results_path(text):
+    return RESULTS if text == "novels" else RESULTS.with_stem(f"{RESULTS.stem}_{text}")
+
+
+def corpus(text, folder):
+    """The dict of texts.load, which must be of the text that the results are about. ValueError if it is not."""
+    data = texts.load(text, folder)
+    if any(line["sha256"] != data["sha256"] for line in finished(text)):
+        raise ValueError(f"{results_path(text)} is about another text than {texts.RUNS / text}: move one of them away")
+    if data["sha256"] != texts.SHA256[text]:
         print("note: this is not, to the byte, the text of the published results: compare your runs with each other")
     return data
 
 
-def finished():
-    """The lines of results/quality.jsonl. ValueError if one is damaged."""
-    lines = []
-    for i, line in enumerate(RESULTS.read_text().splitlines() if RESULTS.exists() else []):
+def finished(text="novels"):
+    """The lines of results/quality.jsonl, of another text quality_TEXT.jsonl. ValueError if one is damaged."""
+    path, lines = results_path(text), []
+    for i, line in enumerate(path.read_text().splitlines() if path.exists() else []):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {i + 1} of {RESULTS} is damaged, remove it: {error}") from error
+            raise ValueError(f"line {i + 1} of {path} is damaged, remove it: {error}") from error
     return lines
 
 
@@ -94,19 +103,18 @@ def cell_config(cell):
     return config, match[3]
 
 
-def steps_of(cell, row, epochs, n_token, done):
-    """Optimizer steps of `epochs` over the text; of the row "longer", as many as fit into the time that row4 takes."""
-    steps = round(epochs * n_token / (BATCH * 512))
-    if row == "longer":
-        speed = {
-            name: [run["tokens_per_s"] for run in done if run["cell"] == cell.replace("longer", name)]
-            for name in ("plain", "row4")
-        }
-        if not all(speed.values()):
+def steps_of(cell, row, steps, done):
+    """Optimizer steps of a cell: `steps`; of a row in AS_LONG_AS, as many as fit into the time that its model takes."""
+    if row in AS_LONG_AS:
+        plain, other = (
+            [run["tokens_per_s"] for run in done if run["cell"] == f"{cell.removesuffix(row)}{name}"]
+            for name in ("plain", AS_LONG_AS[row])
+        )
+        if not (plain and other):
             raise ValueError(
-                f"{cell} needs the speed of plain and row4: run them first, on the same machine and commit"
+                f"{cell} needs the speed of plain and {AS_LONG_AS[row]}: run them first, on the same machine and commit"
             )
-        steps = round(steps * max(speed["plain"]) / max(speed["row4"]))  # max: other runs may have shared the machine
+        steps = round(steps * max(plain) / max(other))  # max: other runs may have shared the machine
     return steps
 
 
@@ -116,25 +124,36 @@ def depth_mass(model, idx):
     return [p[..., T:].sum(-1).mean().item() for p in model.attention_maps(idx) if p.shape[-1] > T]
 
 
-def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
-    """Train one cell and append its line to results/quality.jsonl."""
+def run(cell, seed, length, optimizer, lr, warmup, text, data, device):
+    """Train one cell and append its line to the results of the text.
+
+    length: {"epochs": passes over the novels}, or of another text {"budget": millions of tokens}, each read once.
+    ValueError if there are not as many."""
     model_config, row = cell_config(cell)
     lr = LR[optimizer][model_config.norm] if lr is None else lr
-    done, ran_on = finished(), machine(device)
-    key = {"cell": cell, "seed": seed, "epochs": epochs, "optimizer": optimizer, "lr": lr, "warmup": warmup}
+    done, ran_on, path = finished(text), machine(device), results_path(text)
+    key = {"cell": cell, "seed": seed, **length, "optimizer": optimizer, "lr": lr, "warmup": warmup}
     if any(all(line[name] == value for name, value in key.items()) for line in done):
-        print(f"{key} is in {RESULTS.name} already")
+        print(f"{key} is in {path.name} already")
         return
     same = [line for line in done if line["optimizer"] == optimizer and line["machine"] == ran_on]
-    steps = steps_of(cell, row, epochs, len(data["tokens"]), same)
+    tokens, per_step = data["tokens"], BATCH * model_config.block_size
+    if "epochs" in length:
+        steps = steps_of(cell, row, round(length["epochs"] * len(tokens) / per_step), same)
+    else:
+        steps = steps_of(cell, row, round(length["budget"] * 1e6) // per_step, same)
+        if steps * per_step > len(tokens):
+            wanted = f"{cell} reads {steps * per_step:,} tokens once"
+            raise ValueError(f"{wanted}, but there are {len(tokens):,}, and repeated ones would not be fresh text")
+        tokens = tokens[: steps * per_step]
     settings = {"compile": device.type == "cuda", "eval_every": max(1, steps // 20), "eval_tokens": 65_536}
     config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, optimizer=optimizer, lr=lr,
                          warmup=warmup, save_every=max(1, steps // 4), **settings)  # fmt: skip
-    tokens, held_out = (data[part].long().to(device) for part in ("tokens", "held_out"))
+    tokens, held_out = (part.long().to(device) for part in (tokens, data["held_out"]))
     windows = validation_windows(held_out, model_config.block_size)
     name = (cell, steps, optimizer, f"{lr:g}", warmup, f"s{seed}", data["sha256"][0][:8])  # what resuming must not mix
-    folder = texts.TOKENS.parent / "replicate" / "-".join(map(str, name))
-    source = {"source": "100 English novels", "sha256": data["sha256"], "bytes": data["bytes"]}
+    folder = texts.RUNS / "replicate" / "-".join(map(str, name))
+    source = {"source": data.get("version", text), "sha256": data["sha256"], "bytes": data["bytes"]}
     tokenizer = tokenizer_from_json(data["tokenizer"])
     model, result = train(folder, config, model_config, tokenizer, tokens, windows, source, resume=True)
     history = result.pop("history")
@@ -146,8 +165,10 @@ def run(cell, seed, epochs, optimizer, lr, warmup, data, device):
     line["curve"] = [[step["tokens"], round(step["loss"], 4), step["val_loss"]] for step in kept]
     line |= {"model_config": asdict(model_config), "train_config": asdict(config)}
     line |= {"sha256": data["sha256"], "machine": ran_on}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:  # one write: other processes append here too
+    if text != "novels":
+        line |= {"text": text, "version": data["version"]}
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:  # one write: other processes append here too
         file.write(json.dumps(line) + "\n")
     print(f"{cell} seed {seed}: {line['val_loss']:.4f} nats per token, {line['val_bpb']:.4f} bits per byte")
 
@@ -160,10 +181,12 @@ def spread(values):
 
 
 def tries(lines):
-    """Lines of results/quality.jsonl -> {(n_layer, norm, optimizer, epochs): {row: {(lr, warmup): {seed: line}}}}."""
+    """Lines of results/quality.jsonl -> {(n_layer, norm, optimizer, epochs): {row: {(lr, warmup): {seed: line}}}}.
+    Where the lines have no epochs, the budget takes their place."""
     groups = {}
     for line in lines:
-        rows = groups.setdefault(tuple(line[name] for name in ("n_layer", "norm", "optimizer", "epochs")), {})
+        length = line["epochs"] if "epochs" in line else line["budget"]
+        rows = groups.setdefault((line["n_layer"], line["norm"], line["optimizer"], length), {})
         rows.setdefault(line["row"], {}).setdefault((line["lr"], line["warmup"]), {})[line["seed"]] = line
     return groups
 
@@ -204,11 +227,54 @@ def paper_difference(n_layer, norm, row, epochs=1):
 COLUMNS = "row||lr|warmup|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|same setting|depth"
 
 
-def report():
-    """results/quality.jsonl -> results/quality.md and results/quality.png."""
-    lines = finished()
+def report(text="novels"):
+    """results/quality.jsonl -> results/quality.md and results/quality.png; of another text quality_TEXT.md."""
+    lines = finished(text)
     if not lines:
-        raise SystemExit(f"error: there is nothing in {RESULTS} yet")
+        raise SystemExit(f"error: there is nothing in {results_path(text)} yet")
+    if text == "novels":
+        report_novels(lines)
+    else:
+        report_budgets(text, lines)
+
+
+def machines(lines):
+    ran_on = {f"{m['device']}, torch {m['torch']}, commit {m['commit']}" for m in (line["machine"] for line in lines)}
+    return f"\nRun on: {'; '.join(sorted(ran_on))}."
+
+
+def report_budgets(text, lines):
+    """A table of rows and budgets for each depth, norm and optimizer -> results/quality_TEXT.md."""
+    groups, tried = best_runs(lines), tries(lines)
+    versions = ", ".join(sorted({f"{line['version']}, SHA-256 {line['sha256'][0][:8]}" for line in lines}))
+    page = [
+        f"""# Quality on more text: {text}
+
+Written by `python -m experiments.replicate report --text {text}` from quality_{text}.jsonl ({versions}).
+Budget: millions of training tokens, each read once; of a "longer" row, that of the row whose time it gets. Loss in nats
+per token and bits per byte over all held-out tokens, mean ± standard deviation over seeds. Each row stands at the
+learning rate and warmup with the lowest mean loss, of those with the most seeds (of: how many were tried). Minus plain:
+each at its own best, pair by pair of the same seed (in brackets, how many). Tokens/s: of its fastest run, which may
+have shared the GPU."""
+    ]
+    names = "budget|row||lr|warmup|of|seeds|tokens (millions)|nats/token|bits/byte|minus plain|tokens/s"
+    for heading, same in itertools.groupby(sorted(groups), key=lambda group: group[:3]):
+        page += [f"\n## {heading[0]} layers, {heading[1]}-norm, {NAMES[heading[2]]}\n"]
+        page += [f"|{names}|", "|--:|---|---|" + "--:|" * (names.count("|") - 2)]
+        for group, row in ((group, row) for group in same for row in ROWS if row in groups[group]):
+            runs, delta = groups[group][row], differences(groups[group][row], groups[group].get("plain", []))
+            cells = [f"{group[3]:g}", row, ROWS[row][0], f"{runs[0]['lr']:g}", str(runs[0]["warmup"])]
+            cells += [str(len(tried[group][row])), str(len(runs)), f"{runs[0]['tokens'] / 1e6:.1f}"]
+            cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb")]
+            cells += [f"{spread(delta)} ({len(delta)})" if delta and row != "plain" else ""]
+            cells += [f"{max(line['tokens_per_s'] for line in runs):,.0f}"]
+            page.append(f"| {' | '.join(cells)} |")
+    path = results_path(text).with_suffix(".md")
+    path.write_text("\n".join([*page, machines(lines)]) + "\n")
+    print(f"wrote results/{path.name}")
+
+
+def report_novels(lines):
     groups, tried = best_runs(lines), tries(lines)
     text = [
         """# Quality: does depth KV lower the loss?
@@ -257,8 +323,7 @@ the layers that read any; the first runs did not record it."""
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
         cells = [f"{line[n]:g}" if n in ("epochs", "lr") else str(line[n]) for n in names]
         text.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
-    ran_on = {f"{m['device']}, torch {m['torch']}, commit {m['commit']}" for m in (line["machine"] for line in lines)}
-    text.append(f"\nRun on: {'; '.join(sorted(ran_on))}.")
+    text.append(machines(lines))
     (ROOT / "results" / "quality.md").write_text("\n".join(text) + "\n")
     plot(groups, tried)
     print("wrote results/quality.md and results/quality.png")
@@ -347,9 +412,11 @@ def main():
     rows = "rows:\n" + "\n".join(f"  {name:15} {what}" for name, (what, _) in ROWS.items())
     parser = argparse.ArgumentParser(None, None, __doc__, rows, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="+", metavar="CELL", help="LAYERS-NORM-ROW, or report")
-    parser.add_argument("--data", metavar="FOLDER", help="where the novels are; needed the first time")
+    parser.add_argument("--text", choices=texts.TEXTS, default="novels", help="what to train on (default: novels)")
+    parser.add_argument("--data", metavar="FOLDER", help="where the text is, see texts.py; needed the first time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
-    parser.add_argument("--epochs", type=float, default=1, help="passes over the 16 million tokens (default: 1)")
+    parser.add_argument("--epochs", type=float, help="novels: passes over the 16 million tokens (default: 1)")
+    parser.add_argument("--tokens", type=float, help="other texts: millions of tokens, read once (default: all)")
     parser.add_argument(
         "--optimizer", choices=NAMES, default="muon", help="muon (default): of the hidden matrices; AdamW does the rest"
     )
@@ -359,17 +426,22 @@ def main():
     args = parser.parse_args()
     try:
         if args.cells == ["report"]:
-            return report()
+            return report(args.text)
         for cell in args.cells:
             cell_config(cell)
+        if (args.tokens if args.text == "novels" else args.epochs) is not None:
+            raise ValueError("--epochs is for the novels, --tokens for other texts")
         device = pick_device(args.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-        data = corpus(args.data)
+        data = corpus(args.text, args.data)
+        length = {"epochs": 1 if args.epochs is None else args.epochs}
+        if args.text != "novels":
+            length = {"budget": len(data["tokens"]) / 1e6 if args.tokens is None else args.tokens}
         for seed in args.seeds:  # seed by seed, so that what is there after a cut can be compared
             for cell in args.cells:
-                run(cell, seed, args.epochs, args.optimizer, args.lr, args.warmup, data, device)
+                run(cell, seed, length, args.optimizer, args.lr, args.warmup, args.text, data, device)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

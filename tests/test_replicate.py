@@ -8,11 +8,13 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from experiments import replicate, texts
 from experiments.replicate import ROWS, cell_config
 from moda import MoDA
+from train_small import make_tokenizer, tokenizer_to_json
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "ROOT", tmp_path)
     monkeypatch.setattr(replicate, "ROOT", tmp_path)
     monkeypatch.setattr(replicate, "RESULTS", tmp_path / "results" / "quality.jsonl")
-    monkeypatch.setattr(texts, "TOKENS", tmp_path / "runs" / "novels.pt")
+    monkeypatch.setattr(texts, "RUNS", tmp_path / "runs")
     words = random.Random(0).choices(
         ["the", "whale", "it", "was", "a", "captain", "of", "my", "ship", "and", "sea"], k=40_000
     )
@@ -45,17 +47,6 @@ def test_cells_of_the_table():
     for wrong in ("24l-post", "24-post-row4", "24l-mid-row4", "24l-post-row6"):
         with pytest.raises(ValueError, match="LAYERS-NORM-ROW"):
             cell_config(wrong)
-
-
-def test_books_become_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "ROOT", tmp_path)
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "novels.txt").write_text("train B.txt\nval C.txt\ntrain A.txt\n")
-    (tmp_path / "A.txt").write_bytes("\ufeff\r\nCHAPTER I \t\r\n\r\n \r\n\r\n  It was.\r\n\r\n".encode())
-    (tmp_path / "B.txt").write_bytes("Ça\nira".encode())
-    assert texts.novels(tmp_path, "train") == "Ça\nira\n\nCHAPTER I\n\n  It was.\n\n"
-    with pytest.raises(SystemExit, match=r"C\.txt"):
-        texts.novels(tmp_path, "val")
 
 
 def test_the_best_setting_counts():
@@ -92,7 +83,7 @@ def test_a_table_fills(place, monkeypatch, capsys):
         replicate.main()
         return [json.loads(line) for line in replicate.RESULTS.read_text().splitlines()]
 
-    with pytest.raises(SystemExit, match="novels_train"):
+    with pytest.raises(SystemExit, match=r"novels\.pt"):
         main("1l-post-plain", "--device", "cpu")
     with pytest.raises(SystemExit, match="nothing in"):
         main("report")
@@ -143,8 +134,45 @@ def test_the_committed_report_is_that_of_the_committed_runs(place):
     assert (place / "results" / "quality.md").read_text() == (committed / "quality.md").read_text()
 
 
-def test_as_many_steps_as_the_time_of_row4_buys():
-    speeds = [("1l-post-plain", 150), ("1l-post-plain", 200), ("1l-post-row4", 160), ("2l-post-plain", 900)]
-    done = [{"cell": cell, "tokens_per_s": speed} for cell, speed in speeds]
-    assert replicate.steps_of("1l-post-plain", "plain", 2, 40 * 16 * 512, done) == 80
-    assert replicate.steps_of("1l-post-longer", "longer", 2, 40 * 16 * 512, done) == 100
+def test_as_many_steps_as_the_time_of_the_other_buys():
+    speeds = [("plain", 150), ("plain", 200), ("row4", 160), ("row3", 100)]
+    done = [{"cell": f"1l-post-{row}", "tokens_per_s": speed} for row, speed in speeds]
+    done.append({"cell": "2l-post-plain", "tokens_per_s": 900})
+    steps = {row: replicate.steps_of(f"1l-post-{row}", row, 80, done) for row in ("plain", "row4", "longer", "longer3")}
+    assert steps == {"plain": 80, "row4": 80, "longer": 100, "longer3": 160}
+
+
+def test_a_budget_is_read_once(place, monkeypatch, capsys):
+    def main(*arguments):
+        monkeypatch.setattr("sys.argv", ["replicate.py", "--text", "linux", "--device", "cpu", *arguments])
+        replicate.main()
+        return replicate.finished("linux")
+
+    tokens = torch.arange(3 * 16 * 512 + 5).remainder(300).to(torch.int16)
+    tokenizer = tokenizer_to_json(make_tokenizer("bpe", ["int main"], 4096))
+    data = {"tokens": tokens, "held_out": tokens[:3000] % 250, "tokenizer": tokenizer, "version": "Linux 6.1.0"}
+    (place / "runs").mkdir()
+    torch.save(data | {"sha256": ["a", "b"], "bytes": [7, 7]}, place / "runs" / "linux.pt")
+    monkeypatch.setitem(texts.SHA256, "linux", ["a", "b"])
+    read, real = [], replicate.train
+
+    def train(*arguments, **options):
+        read.append(arguments[4])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(replicate, "train", train)
+    with pytest.raises(SystemExit, match="--tokens for other"):
+        main("1l-post-plain", "--epochs", "1")
+    with pytest.raises(SystemExit, match=r"32,768 tokens once, but there are 24,581"):
+        main("1l-post-plain", "--tokens", "0.033")
+    lines = main("1l-post-plain", "1l-post-row4", "--tokens", "0.02")
+    assert all(torch.equal(x, tokens[: 2 * 16 * 512]) for x in read) and len(read) == 2
+    for line in lines:
+        assert (line["budget"], line["tokens"], line["text"]) == (0.02, 2 * 16 * 512, "linux")
+        assert line["version"] == "Linux 6.1.0" and line["sha256"] == ["a", "b"] and "epochs" not in line
+    assert main("1l-post-plain", "--tokens", "0.02") == lines and len(read) == 2
+    assert main("1l-post-plain")[2]["budget"] == 0.024581  # all there is
+    assert not replicate.RESULTS.exists()  # that of the novels
+    main("report")
+    table = (place / "results" / "quality_linux.md").read_text()
+    assert f"| {lines[1]['val_loss'] - lines[0]['val_loss']:.4f} (1) |" in table and "| 0.024581 | plain |" in table
