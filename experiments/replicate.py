@@ -148,7 +148,7 @@ def run(cell, seed, length, optimizer, lr, warmup, text, data, device):
         tokens = tokens[: steps * per_step]
     settings = {"compile": device.type == "cuda", "eval_every": max(1, steps // 20), "eval_tokens": 65_536}
     config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, optimizer=optimizer, lr=lr,
-                         warmup=warmup, save_every=max(1, steps // 4), **settings)  # fmt: skip
+                         warmup=warmup, save_every=max(1, steps // 20), **settings)  # fmt: skip
     tokens, held_out = (part.long().to(device) for part in (tokens, data["held_out"]))
     windows = validation_windows(held_out, model_config.block_size)
     name = (cell, steps, optimizer, f"{lr:g}", warmup, f"s{seed}", data["sha256"][0][:8])  # what resuming must not mix
