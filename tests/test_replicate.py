@@ -176,3 +176,9 @@ def test_a_budget_is_read_once(place, monkeypatch, capsys):
     main("report")
     table = (place / "results" / "quality_linux.md").read_text()
     assert f"| {lines[1]['val_loss'] - lines[0]['val_loss']:.4f} (1) |" in table and "| 0.024581 | plain |" in table
+    for line, speed in zip(lines, (150, 100), strict=True):
+        line["tokens_per_s"] = speed
+    replicate.results_path("linux").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    longer = main("1l-post-longer", "--tokens", "0.02")[2]
+    assert (longer["budget"], longer["tokens"]) == (0.02, 3 * 16 * 512)  # the time of row 4, in tokens
+    assert torch.equal(read[-1], tokens[: 3 * 16 * 512])
