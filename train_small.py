@@ -39,7 +39,9 @@ from matplotlib.figure import Figure  # not pyplot: a notebook keeps its own bac
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from moda import PRESETS, MoDA, MoDAConfig, capture
+from fast import FastMoDA, Muon
+from fast import record as capture
+from moda import PRESETS, MoDA, MoDAConfig
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 FORMAT = "moda train_small 1"  # changes when older checkpoints can no longer be read
@@ -246,21 +248,6 @@ def evaluate(model, x, y, n_byte, batch_size):
     return nats / tokens, nats / math.log(2) / max(1, text)
 
 
-class Muon(torch.optim.Muon):
-    """PyTorch's Muon for one group of matrices: its step at a learning rate of 1, scaled afterwards. That way the rate
-    may be a tensor on the GPU, and the step's thousands of small kernels be recorded as a CUDA graph."""
-
-    @torch.no_grad()
-    def step(self):
-        (group,) = self.param_groups
-        lr, before = group["lr"], [p.clone() for p in group["params"]]
-        group["lr"] = 1.0
-        super().step()
-        group["lr"] = lr
-        for p, old in zip(group["params"], before, strict=True):
-            p.copy_(old.lerp_(p, lr))  # the update and the weight decay are both proportional to the rate
-
-
 def make_optimizers(model, config):
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest; one lr serves both."""
     embed, decay = model.embed.weight, config.weight_decay
@@ -400,9 +387,9 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
     """
     device, T = tokens.device, model_config.block_size
     torch.manual_seed(config.seed)
-    model = MoDA(model_config).to(device)
+    model = FastMoDA(model_config).to(device)
     if config.compile:
-        model.compile_parts()
+        model.compile_layers()
     optimizers = make_optimizers(model, config)
     checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
     step, saved, seconds, rows, shown = 0, 0, 0.0, [], {}

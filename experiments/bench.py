@@ -30,8 +30,11 @@ from matplotlib.ticker import PercentFormatter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
+from experiments.common import flops
+from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
-from moda import PRESETS, MoDA, MoDAConfig, capture, flops
+from moda import PRESETS, MoDAConfig
+from sdpa import sequence_backward
 from train_small import commit
 
 ROOT = Path(__file__).parent
@@ -196,7 +199,7 @@ def kernel_setting(T, group, n_slot, reps):
     depth = [x.detach() for x in (depth_k, depth_v)]
     times |= interleave(
         {  # starting from any o and lse: the arithmetic is the same
-            "depth forward": lambda: kernel._depth_forward_triton(q.detach(), *depth, o, lse, scale),
+            "depth forward": lambda: kernel._forward_triton(q.detach(), k, v, *depth, True, scale, (o, lse)),
             "depth backward": lambda: kernel._depth_backward_triton(do, q.detach(), *depth, o, lse, scale, dq),
         },
         reps,
@@ -286,16 +289,16 @@ def flat(q, k, v, depth_k, depth_v, mask):
 def tiled(q, k, v, depth_k, depth_v, do, rows):
     """Forward and backward by our kernels with `rows` rows a program: Algorithm 1, then the depth backward."""
     scale = HEAD_DIM**-0.5
-    o, lse = kernel._fused_forward(q, k, v, depth_k, depth_v, True, scale, rows=rows)
-    dq, dk, dv = kernel._sequence_backward(do, q, k, v, o, lse, True, scale)
+    o, lse = kernel._forward_triton(q, k, v, depth_k, depth_v, True, scale, rows=rows)
+    dq, dk, dv = sequence_backward(do, q, k, v, o, lse, True, scale)
     return o, dq, dk, dv, *kernel._depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=rows)
 
 
 def continued(q, k, v, depth_k, depth_v, do):
     """Forward and backward as `moda_attention` does them, the operators alone."""
     args = (True, HEAD_DIM**-0.5, "triton")
-    o, lse = kernel._attention(q, k, v, depth_k, depth_v, *args)
-    return o, *kernel._attention_backward(do, q, k, v, depth_k, depth_v, o, lse, *args)
+    o, lse = kernel._attention(q, k, v, [depth_k], [depth_v], *args)
+    return o, *kernel._attention_backward(do, q, k, v, [depth_k], [depth_v], o, lse, *args)
 
 
 def ladder(reps):
@@ -409,7 +412,7 @@ def train_floor(config, B, plain_rate, copy_rate):
     extra_flops = 3 * B * (flops(config, T) - flops(plain, T) - attention)
     slot = 2 * 2 * B * T * config.n_kv_head * config.head_dim  # bytes of a K and a V in bf16
     rows = 2 * B * T * config.n_embd
-    n_written = sum(config.is_read(kind, layer) for kind in config.kinds for layer in range(config.n_layer))
+    n_written = sum(config.is_read(kind, layer) for kind in config.slot_kinds for layer in range(config.n_layer))
     n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * rows * sum(n > 0 for n in slots_read)
     return extra_flops / plain_rate, n_bytes / copy_rate
 
@@ -448,7 +451,7 @@ def step_error(model, step, idx, targets):
     """Against the portable path of the same model: the loss, less its loss; the relative error of all gradients
     together. Both in bf16; and of the parameter that is worst in that, its error over that of the portable path plus
     1e-3, both measured by the portable path in float32."""
-    portable = MoDA(model.config, impl="torch", checkpoint=True).cuda()
+    portable = FastMoDA(model.config, impl="torch", checkpoint=True).cuda()
     portable.load_state_dict(model.state_dict())
     portable(idx, targets)[1].backward()
     exact = [p.grad.double() for p in portable.parameters()]
@@ -477,11 +480,11 @@ def bench_train(args):
             if row == WHOLE and name != next(iter(SHAPES)):
                 continue
             torch.manual_seed(0)
-            model = MoDA(replace(row_4, **changes)).cuda()
+            model = FastMoDA(replace(row_4, **changes)).cuda()
             if row == WHOLE:
                 model.compile()
             else:
-                model.compile_parts()
+                model.compile_layers()
             step = train_step(model)
             began = time.perf_counter()
             step(idx, targets)
@@ -506,11 +509,11 @@ def bench_train(args):
             steps[row] = step
             checked = f"compiled and checked in {time.perf_counter() - began:.0f} s, worst gradient {worst:.2f}"
             print(f"{name} {row}: {checked}", flush=True)
-        plain = partial(capture(steps["plain"], idx, targets), idx, targets)
+        plain = partial(record(steps["plain"], idx, targets), idx, targets)
         info["plain"] |= {"ms": [], "beside_ms": []}
         for row, step in steps.items():
             if row != "plain":  # one after the other, each in turn with the plain model: together they fill the memory
-                replay = partial(capture(step, idx, targets), idx, targets)
+                replay = partial(record(step, idx, targets), idx, targets)
                 times = interleave_steps({"plain": plain, row: replay}, args.reps)
                 info[row] |= {"ms": times[row], "beside_ms": times["plain"]}
                 info["plain"]["ms"] += times["plain"]
@@ -614,7 +617,7 @@ def bench_generate(args):
         variants, peak = {}, {}
         for row in ("plain", "row 4"):
             torch.manual_seed(0)
-            model = MoDA(replace(SHAPES[name][0], **ROWS[row])).cuda()
+            model = FastMoDA(replace(SHAPES[name][0], **ROWS[row])).cuda()
             prompt = torch.randint(model.config.vocab_size, (B, 64), device="cuda")
             short = model.generate(prompt[:, :8], 8, temperature=0)
             if not torch.equal(short, model.generate(prompt[:, :8], 8, temperature=0, use_cache=False)):
@@ -649,7 +652,7 @@ TITLES = {"n_layer": "T = 2048, B = 8", "T": "24 layers, 32,768 tokens", "depth_
 def scale_model(config, B, reps):
     """-> milliseconds of forward alone (prefill) and of a training step, peak memory in GB, parameters."""
     torch.manual_seed(0)
-    model = MoDA(config).cuda()
+    model = FastMoDA(config).cuda()
     idx, targets = torch.randint(config.vocab_size, (2, B, config.block_size), device="cuda")
     step = train_step(model)
 
@@ -666,8 +669,8 @@ def scale_model(config, B, reps):
     for p in model.parameters():
         p.grad = None
     runs = {
-        "prefill": partial(capture(prefill, idx), idx),
-        "train": partial(capture(step, idx, targets), idx, targets),
+        "prefill": partial(record(prefill, idx), idx),
+        "train": partial(record(step, idx, targets), idx, targets),
     }
     return interleave_steps(runs, reps) | {"GB": peak, "parameters": model.num_params()}
 

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import kernel
+import sdpa
 from experiments import bench
 from kernel import moda_attention, moda_attention_reference, moda_attention_weights
 
@@ -542,14 +543,39 @@ def test_compiled_equals_eager(n_slot, impl, device):
 
 
 @each_run
-@pytest.mark.parametrize("n_slot", [None, 3])
-def test_opcheck(n_slot, impl, device):
+@pytest.mark.parametrize("n_slot", [0, 1, 5])
+def test_slots_as_a_list(n_slot, impl, device):
+    """As the model hands them over: one tensor a slot, a gradient for each, and nothing saved but the slots."""
+    q, k, v, depth_k, depth_v = random_inputs(T_q=6, n_slot=n_slot, dtype=torch.float32, device=device)
+    lists = [[x.detach().requires_grad_() for x in slots] for slots in (depth_k, depth_v)]
+    do = random_like(q)
+    want, kept = results(moda_attention, [q, k, v, depth_k, depth_v], do, impl=impl), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (kept.append(x.untyped_storage().data_ptr()), x)[1], lambda x: x
+    ):
+        o, lse = moda_attention(q, k, v, *lists, impl=impl, return_lse=True)
+    leaves = [q, k, v, *lists[0], *lists[1]]
+    grads = torch.autograd.grad(o, leaves, do)
+    assert torch.equal(o, want["o"]) and torch.equal(lse, want["lse"])
+    for got, name in zip((*grads[:3], torch.stack(grads[3 : 3 + n_slot]) if n_slot else None), NAMES, strict=False):
+        assert got is None or torch.equal(got, want[f"d{name}"])
+    if n_slot:
+        assert torch.equal(torch.stack(grads[3 + n_slot :]), want["ddepth_v"])
+    if impl != "reference":
+        assert set(kept) <= {x.untyped_storage().data_ptr() for x in (*leaves, o, lse)}
+
+
+@each_run
+@pytest.mark.parametrize("n_slot, as_list", [(None, False), (3, False), (3, True)])
+def test_opcheck(n_slot, as_list, impl, device):
     """Fake implementations (shapes, strides, dtypes), schema, aliasing and autograd, by PyTorch's own checks."""
     if impl == "reference":
         pytest.skip("plain PyTorch, no operator")
     for layout in ("contiguous", "transposed heads", "expanded"):
         inputs = random_inputs(B=1, T_q=3, T_kv=4, n_slot=n_slot, dtype=torch.float32, device=device)
-        tensors = [*(strided(x, layout) for x in inputs), None, None][:5]
+        q, k, v, *slots = (strided(x, layout) for x in inputs)
+        slots = [[x.detach().requires_grad_() for x in y] if as_list else [y] for y in slots] or [[], []]
+        tensors = (q, k, v, *slots)
         options = (True, 0.25, impl)  # causal, scale, impl
         torch.library.opcheck(torch.ops.moda.attention.default, (*tensors, *options), rtol=1e-4, atol=1e-5)
         with torch.no_grad():
@@ -598,61 +624,9 @@ def test_autocast_leaves_float64_alone():
         check("torch", inputs)
 
 
-@pytest.mark.parametrize(
-    "device, dtype",
-    [
-        ("cpu", torch.float16),
-        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
-        pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
-    ],
-)
-@pytest.mark.parametrize("n_slot", [1, 2, 5, 9])
-@pytest.mark.parametrize("head_dim", [64, 256])
-@pytest.mark.parametrize("group, n_reader", [(1, 1), (1, 20), (3, 11), (5, 4), (8, 7), (20, 3)])
-def test_slots_backward(group, n_reader, head_dim, n_slot, device, dtype):
-    """Slots' gradients, summed over readers whose windows move on, against the backward of each reader in float64."""
-    if device == "cpu":
-        pytest.importorskip("triton")
-    torch.manual_seed(0)
-    B, n_kv_head, T, first, n_all = 1, 2, 13, 3, 12  # T: more than the tokens of a program
-    last, n_head, scale = first + n_slot, group * n_kv_head, 0.3
-
-    def random(*shape):
-        return torch.randn(*shape, device=device).to(dtype)
-
-    depth_k, depth_v = random(2, n_all, B, n_kv_head, T, head_dim)
-    sums = torch.randn(2, 10, B, n_kv_head, T, head_dim, device=device)  # of the slots 2..11
-    table = torch.empty(n_reader, 8, dtype=torch.int64, device=device)
-    want = [x[first - 2 : last - 2].double() for x in sums]
-    terms, readers = [x.square() for x in want], []
-    for i in range(n_reader):
-        start = max(0, last - 1 + (n_reader > 4) - i)  # the deepest of many sees none of these slots any more
-        q, do = random(2, B, n_head, T, head_dim)
-        k, v = depth_k[start:], depth_v[start:]
-        o, lse = kernel._depth_forward_torch(
-            q, k, v, torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32), scale
-        )
-        dq = torch.zeros_like(q)
-        delta = kernel._depth_backward_triton(do, q, k, v, o, lse, scale, dq, reader=table[i], first=start)
-        readers.append((q, do, lse, delta, start))
-        dq_, *grads = kernel._depth_backward_torch(*(x.double() for x in (do, q, k, v, o, lse)), scale)
-        assert (dq - dq_).norm() <= 2**-7 * dq_.norm()
-        for total, squares, grad in zip(want, terms, grads, strict=True):
-            skip = max(0, start - first)
-            seen = grad[max(0, first - start) : last - start]
-            total[skip:] += seen
-            squares[skip:] += seen.square()
-    got = kernel.slots_backward(readers, table, depth_k, depth_v, first, last, torch.float32, list(sums), 2, scale)
-    for x, y, squares in zip(got, want, terms, strict=True):
-        assert (x - y).norm() <= 2**-7 * squares.sum().sqrt()
-    fresh = kernel.slots_backward(readers, table, depth_k, depth_v, first, last, dtype, None, 0, scale)
-    for x, y, old in zip(fresh, want, sums, strict=True):
-        assert x.dtype == dtype and (x - (y - old[first - 2 : last - 2])).norm() <= 2**-6 * y.norm()
-
-
 AHEAD_OF_TIME = """
 import re
-import kernel, torch, triton
+import kernel, slots, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -680,8 +654,13 @@ class Compile:  # stands in for a kernel: compiles what it is launched with, for
                 assert number & 0xFFFF and number >> 16 & 0xFFFF, (self.fn.__name__, meta)
         print("compiled", self.fn.__name__, meta)
 
-for name in ("_forward_kernel", "_backward_kernel", "_slots_backward_kernel"):
-    setattr(kernel, name, Compile(getattr(kernel, name)))
+for module, name in (
+    (kernel, "_forward_kernel"),
+    (kernel, "_backward_kernel"),
+    (slots, "_slots_backward_kernel"),
+    (slots, "_addresses_kernel"),
+):
+    setattr(module, name, Compile(getattr(module, name)))
 
 for dtype, head_dim, group in (
     (torch.bfloat16, 48, 1),
@@ -692,17 +671,18 @@ for dtype, head_dim, group in (
 ):
     q, do, o, dq = (torch.empty(1, 2 * group, 8, head_dim, dtype=dtype) for _ in range(4))
     k, v = (torch.empty(1, 2, 8, head_dim, dtype=dtype) for _ in range(2))
-    slots = [torch.empty(20, 1, 2, 8, head_dim, dtype=dtype) for _ in range(2)]
-    sums = [torch.empty(x.shape) for x in slots]
-    lse, table = torch.empty(q.shape[:3]), torch.empty(1, 8, dtype=torch.int64)
-    kernel._depth_forward_triton(q, *slots, o, lse, 1.0)
+    depth = [torch.empty(20, 1, 2, 8, head_dim, dtype=dtype) for _ in range(2)]
+    sums = [torch.empty(x.shape) for x in depth]
+    lse, addresses = torch.empty(q.shape[:3]), torch.empty(1, 8, dtype=torch.int64)
+    kernel._forward_triton(q, k, v, *depth, True, 1.0, (o, lse))
     for causal in (True, False) if group == 3 and head_dim == 48 else ():
-        kernel._fused_forward(q, k, v, *slots, causal, 1.0)
-    for reader in (None, table[0]):
-        kernel._depth_backward_triton(do, q, *slots, o, lse, 1.0, dq, reader=reader)
+        kernel._forward_triton(q, k, v, *depth, causal, 1.0)
+    for with_slots in (True, False):
+        kernel._depth_backward_triton(do, q, *depth, o, lse, 1.0, dq, slots=with_slots)
+    slots._addresses_kernel[(1,)](addresses[0], q, do, lse, lse, 0)
     readers = [(q, do, lse, lse, 0)]
-    kernel.slots_backward(readers, table, *slots, 2, 4, dtype, sums, 0, 1.0)
-    kernel.slots_backward(readers, table, *slots, 2, 18, torch.float32, None, 0, 1.0)
+    slots.slots_backward(readers, addresses, *depth, 2, 4, dtype, sums, 0, 1.0)
+    slots.slots_backward(readers, addresses, *depth, 2, 18, torch.float32, None, 0, 1.0)
 """
 
 
@@ -713,7 +693,7 @@ def test_kernels_compile_for_a_gpu():
     command = [sys.executable, "-c", AHEAD_OF_TIME]
     run = subprocess.run(command, env=environment, cwd=Path(kernel.__file__).parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("compiled") == 29
+    assert run.stdout.count("compiled") == 34
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
@@ -725,8 +705,27 @@ def test_kernels_compile_for_a_gpu():
 def test_every_backend(layout, backend):
     inputs = [strided(x, layout) for x in random_inputs(T_q=256, head_dim=64, dtype=torch.bfloat16, device="cuda")]
     with sdpa_kernel(getattr(SDPBackend, backend)):
-        assert kernel._backend(*inputs[:3], True) == backend.split("_")[0].lower()
+        assert sdpa._backend(*inputs[:3], True) == backend.split("_")[0].lower()
         check("triton", inputs, strided(random_like(inputs[0]), "transposed heads").detach())
+
+
+@pytest.mark.gpu
+def test_no_backend_is_allowed(monkeypatch):
+    """`sdpa_kernel(MATH)`: no fused attention runs, forward or backward."""
+    inputs = random_inputs(T_q=64, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    monkeypatch.setattr(kernel, "sequence_forward", None)
+    with sdpa_kernel(SDPBackend.MATH):
+        check("triton", inputs, random_like(inputs[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B, n_kv_head", [(32_768, 4), (70_000, 1)])
+def test_many_sequences(B, n_kv_head):
+    """More than one axis of a CUDA grid takes, as a product and alone."""
+    inputs = random_inputs(
+        B=B, n_kv_head=n_kv_head, group=1, T_q=2, head_dim=16, n_slot=2, dtype=torch.bfloat16, device="cuda"
+    )
+    check(None if B > 65_535 else "triton", inputs, random_like(inputs[0]))
 
 
 @pytest.mark.gpu
@@ -780,7 +779,7 @@ ERRORS = [  # what is wrong, what the message must say, the changed tensors (fro
     ("depth_v rank", "depth_v must be a tensor of rank 5", lambda a: a | {"depth_v": a["depth_v"][0]}),
     ("q no tensor", "q must be a tensor.*list", lambda a: a | {"q": [1.0]}),
     ("v no tensor", "v must be a tensor.*NoneType", lambda a: a | {"v": None}),
-    ("depth_v no tensor", "depth_v must be a tensor.*list", lambda a: a | {"depth_v": [a["depth_v"]]}),
+    ("depth_v no tensor", "depth_v must be a tensor.*int", lambda a: a | {"depth_v": 1}),
     ("depth_k alone", "depth_k and depth_v", lambda a: a | {"depth_v": None}),
     ("depth_v alone", "depth_k and depth_v", lambda a: a | {"depth_k": None}),
     ("k batch", r"k must be \(2, 2, 6, 8\)", lambda a: a | {"k": a["k"][:1]}),
@@ -793,18 +792,27 @@ ERRORS = [  # what is wrong, what the message must say, the changed tensors (fro
     ("depth_k heads", "depth_k must be", lambda a: a | {"depth_k": a["depth_k"][:, :, :1]}),
     ("depth_k length", r"depth_k must be \(3, 2, 2, 4, 8\)", lambda a: a | {"depth_k": a["depth_k"][:, :, :, :3]}),
     ("depth_k head_dim", "depth_k must be", lambda a: a | {"depth_k": a["depth_k"][..., :4]}),
-    ("depth_v slots", "depth_v must be", lambda a: a | {"depth_v": a["depth_v"][:2]}),
+    ("depth_v slots", "as many slots, got 3 and 2", lambda a: a | {"depth_v": a["depth_v"][:2]}),
+    (
+        "a list of slots",
+        r"depth_k\[1\] must be \(2, 2, 4, 8\)",
+        lambda a: a | {"depth_k": [*a["depth_k"][:1], a["depth_k"][1, :1], a["depth_k"][2]]},
+    ),
+    ("a list of no tensors", r"depth_v\[0\] must be a tensor.*float", lambda a: a | {"depth_v": [1.0, 2.0, 3.0]}),
     ("depth_v length", "depth_v must be", lambda a: a | {"depth_v": a["depth_v"][:, :, :, :3]}),
     (
         "no slots, other length",
         "depth_k must be",
         lambda a: a | {n: a[n][:0, :, :, :3] for n in ("depth_k", "depth_v")},
     ),
-    *((f"{n} dtype", rf"dtype.*{n} is torch.float64", lambda a, n=n: a | {n: a[n].double()}) for n in NAMES[1:]),
-    ("q dtype", "dtype.*q is torch.float64", lambda a: a | {"q": a["q"].double()}),
+    *((f"{n} dtype", rf"dtype.*{n} has torch.float64", lambda a, n=n: a | {n: a[n].double()}) for n in NAMES[1:]),
+    ("q dtype", "dtype.*q has torch.float64", lambda a: a | {"q": a["q"].double()}),
     ("whole numbers", "floating dtype.*int64", lambda a: {n: x.long() for n, x in a.items()}),
-    *((f"{n} device", rf"device.*{n} on meta", lambda a, n=n: a | {n: a[n].to("meta")}) for n in NAMES[1:]),
-    ("q device", "device.*q is on meta", lambda a: a | {"q": a["q"].to("meta")}),
+    *(
+        (f"{n} device", rf"device.*{n} has torch.float32 on meta", lambda a, n=n: a | {n: a[n].to("meta")})
+        for n in NAMES[1:]
+    ),
+    ("q device", "device.*q has torch.float32 on meta", lambda a: a | {"q": a["q"].to("meta")}),
     ("heads", r"n_head \(3\) must be a multiple of n_kv_head \(2\)", lambda a: a | {"q": a["q"][:, :3]}),
     ("fewer heads", r"n_head \(1\) must be a multiple of n_kv_head \(2\)", lambda a: a | {"q": a["q"][:, :1]}),
     ("T_q > T_kv", "T_q = 4, T_kv = 3", lambda a: a | {n: a[n][:, :, :3] for n in ("k", "v")}),
@@ -837,6 +845,14 @@ def test_a_scale_that_would_get_no_gradient():
 def test_unknown_impl(impl):
     with pytest.raises(ValueError, match=rf"impl {re.escape(repr(impl))}.*'reference', 'torch'"):
         moda_attention(*random_inputs(**BASE), impl=impl)
+
+
+@pytest.mark.skipif(kernel.triton is None, reason="needs Triton")
+def test_too_many_sequences_for_the_grid():
+    inputs = [x.detach().expand(70_000, *x.shape[1:]) for x in random_inputs(B=1, T_q=1, dtype=torch.float32)[:3]]
+    with pytest.raises(ValueError, match="up to 65,535 sequences"):
+        moda_attention(*inputs, impl="triton")
+    assert moda_attention(*inputs).shape == inputs[0].shape
 
 
 @pytest.mark.parametrize("impl", ["triton", "fused"])

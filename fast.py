@@ -1,0 +1,268 @@
+"""MoDA, fast on a GPU: the model of moda.py, with the same weights and the same numbers, moving fewer bytes.
+
+Nobody needs this file to understand MoDA. A layer must read all slots below it, so a forward pass reads about
+n_layer ** 2 of them, and that traffic decides the speed. With 48 layers of 384, 32,768 tokens a step and bf16 a slot is
+16.8 MB (K and V), and the layers read 2,256 of them: 38 GB. What `FastMoDA` does otherwise than `MoDA`:
+
+1. Slots lie in one buffer and are read in place. moda.py stacks them anew for every layer: three times the bytes, in
+   the forward and again in the backward.
+2. The gradient of a slot is a sum over the layers that read it: one kernel goes along depth (slots.py, as are 1's
+   buffers). Autograd adds it up reader by reader, through memory.
+3. Projections of the same input are one matrix product, what lies between two attentions can be compiled
+   (`compile_layers`), and a whole step recorded as CUDA graphs (`record`), so that kernels do not wait for Python.
+"""
+
+import functools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kernel
+from moda import Attention, Block, DepthStream, KVProjection, MoDA, SwiGLU
+from slots import Attend, SlotBuffers, Write
+
+# ----------------------------------------------------------------------------------------------------- the model
+
+
+class FastMoDA(MoDA):
+    """`MoDA`, with the depth stream of the Triton kernels where they can run, and moda.py's elsewhere.
+
+    checkpoint: keep only each layer's input and its slots for the backward, and compute the rest of it again there.
+    """
+
+    def __init__(self, config, impl=None, checkpoint=False):
+        super().__init__(config, impl)
+        self.checkpoint, self.compiled = checkpoint, False
+
+    def compile_layers(self):
+        """From now on, train with what lies between two attentions compiled by torch.compile: one graph, which all
+        layers share. The fastest way to train on a GPU, after half a minute. Whatever is not training runs as before,
+        and so does a model with `checkpoint`, with hooks in a layer or with exchanged parts. Returns self."""
+        limits = torch._dynamo.config  # all models share the graphs; beyond this many variants a layer runs eagerly
+        limits.recompile_limit = max(limits.recompile_limit, 64)
+        self.compiled = True
+        return self
+
+    def layers(self, x, rope, stream=None, cache=None):
+        if stream is not None or torch.compiler.is_compiling():
+            return super().layers(x, rope, stream, cache)
+        Stream = FastDepthStream if self._can_be_fast(x) else PortableStream
+        stream = Stream(self.config, self.impl, self.checkpoint)
+        if self.checkpoint and torch.is_grad_enabled():
+            for block in self.blocks:  # nothing is random here, and a CUDA graph cannot record the generator's state
+                x = checkpoint(block, x, rope, stream, use_reentrant=False, preserve_rng_state=False)
+        elif torch.is_grad_enabled() and self._is_unchanged():
+            x = self._layers_in_parts(x, rope, stream)
+        else:
+            x = super().layers(x, rope, stream, cache)
+        stream.finish()
+        return x
+
+    def _layers_in_parts(self, x, rope, stream):
+        """The same, cut at the attentions instead of the layers, so that a graph reaches from one to the next."""
+        compiled = _compiled if self._is_compiled() else lambda function: function
+        q, k, v, slot = compiled(before_attention)(self.blocks[0], x, rope)
+        for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+            o = stream.attend(block.attn, q, k, v)
+            stream.write(block.attn, "attn", slot)
+            x, ffn_slot, projected = compiled(between_attentions)(block, following, x, o, rope)
+            stream.write(block.attn, "ffn", ffn_slot)
+            q, k, v, slot = projected or [None] * 4
+        return x
+
+    def _is_unchanged(self):
+        """Whether the layers are as made: hooks, adapters and other forwards in them would be missed in parts."""
+        usual = (nn.ModuleList, Block, Attention, KVProjection, SwiGLU, nn.Linear, nn.RMSNorm, nn.Identity)
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
+        return all(type(m) in usual and not any(vars(m).get(name) for name in hooks) for m in self.blocks.modules())
+
+    def _is_compiled(self):
+        # forward mode: a compiled graph would drop the tangents. In torch.compile(model) all is one graph anyway
+        return self.compiled and not kernel._forward_mode() and not torch.compiler.is_compiling()
+
+    def head(self, x, targets=None):
+        return (_compiled(MoDA.head) if targets is not None and self._is_compiled() else MoDA.head)(self, x, targets)
+
+    def _can_be_fast(self, x):
+        """Whether the Triton kernels can run on x (B, T, n_embd), and autograd will see what they do."""
+        c, device = self.config, x.device.type
+        cast = device in kernel.AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+        q = x.new_empty(x.shape[0], c.n_head, 0, c.head_dim, dtype=dtype)
+        wanted = self.impl == "triton" or (self.impl is None and x.is_cuda)
+        able = c.depth_kv and c.n_layer > 1 and c.head_dim % 8 == 0 and kernel._why_not_triton(q) is None
+        return wanted and able and not kernel._forward_mode()
+
+
+# A layer, cut in two at its attention, with one matrix product for all projections of the same input.
+
+
+def joined(x, *layers):
+    """[layer(x) for layer in layers] for linear layers, as one matrix product: x and its gradient pass by once. The
+    weights stay parameters of their own, as Muon orthogonalises each."""
+    weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
+    bias = None if biases[0] is None else torch.cat(biases)
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
+def before_attention(block, x, rope):
+    attn = block.attn
+    own = (attn.attn_kv.wk, attn.attn_kv.wv) if attn.attn_kv else ()
+    h = block.attn_norm(x) if block.pre else x
+    q, k, v, *own = joined(h, attn.wq, attn.kv.wk, attn.kv.wv, *own)
+    return attn.heads(q, (k, v), own, rope)
+
+
+def between_attentions(block, following, x, o, rope):
+    """-> x after the layer, the FFN's slot, and what the following layer's attention reads; None if there is none."""
+    attn, ffn, slot = block.attn, block.ffn, None
+    h = attn.wo(o.transpose(1, 2).flatten(2))
+    x = x + h if block.pre else block.attn_norm(x + h)
+    h = block.ffn_norm(x) if block.pre else x
+    if attn.ffn_kv:
+        gate, up, *kv = joined(h, ffn.gate, ffn.up, attn.ffn_kv.wk, attn.ffn_kv.wv)
+        slot, h = attn.kv_heads(*kv, rope, attn.config.depth_rope), ffn.down(F.silu(gate) * up)
+    else:
+        h = ffn(h)  # gate and up are faster apart, if nothing else reads h
+    x = x + h if block.pre else block.ffn_norm(x + h)
+    return x, slot, before_attention(following, x, rope) if following is not None else None
+
+
+_compiled = functools.cache(torch.compile)  # of functions, not of bound methods: a copied model has its own weights
+
+
+class PortableStream(DepthStream):
+    """moda.py's stream, for layers that may be checkpointed."""
+
+    def __init__(self, config, impl=None, checkpoint=False):
+        super().__init__(impl)
+        self.checkpoint, self.finished = checkpoint, False
+
+    def finish(self):
+        """The forward is over. Layers that run from now on are checkpointed ones, computed again."""
+        self.finished = True
+
+    def write(self, layer, kind, kv):
+        if not (self.finished and self.checkpoint):  # or the slot is there already
+            super().write(layer, kind, kv)
+
+
+class FastDepthStream(PortableStream):
+    """The stream of the Triton kernels: slots lie in one buffer and are read in place, as a range of it.
+
+    In the backward, a layer computes its dq and leaves with `buffers` what its slots' gradients need: (q, do, lse,
+    delta). When the backward reaches the sublayer that wrote a slot, all its readers have been there, and its gradient
+    is summed. Autograd keeps that order because of `chain`, an empty tensor that each operation takes and passes on.
+    """
+
+    def __init__(self, config, impl=None, checkpoint=False):
+        super().__init__(config, impl, checkpoint)
+        self.buffers = SlotBuffers(config.slot_range(config.n_layer - 1)[1], len(config.slot_kinds))
+        self.chain = torch.empty(0)
+
+    def finish(self):
+        super().finish()
+        self.chain = torch.empty(0)  # whoever keeps the stream must not keep the graph
+
+    def write(self, layer, kind, kv):
+        if kv is None or (self.finished and self.checkpoint):
+            return
+        DepthStream.write(self, layer, kind, ())  # notes that it is written; what is written lies in the buffers
+        number = layer.reads[1] + (kind == "ffn")
+        if torch.is_grad_enabled():
+            self.chain = Write.apply(*kv, self.chain, self.buffers, number)
+        else:
+            self.buffers.write(number, *kv)
+
+    def read(self, layer):
+        return self.buffers.read(*layer.reads)
+
+    def attend(self, layer, q, k, v):
+        if self.finished and not self.checkpoint:  # the gradients of its slots would be lost
+            raise RuntimeError("a layer ran after the forward. Checkpointing? FastMoDA(config, checkpoint=True)")
+        if not torch.is_grad_enabled():
+            return self.buffers.attend(q, k, v, *layer.reads)[0]
+        o, chain = Attend.apply(q, k, v, self.chain, self.buffers, *layer.reads)
+        if not self.finished:  # or it would keep what a checkpointed layer has just computed again
+            self.chain = chain
+        return o
+
+
+# --------------------------------------------------------------------------------------- CUDA graphs, and an optimizer
+
+
+def record(step, *inputs, warmup=3):
+    """Record the kernels of step(*inputs) as a CUDA graph -> a function of such inputs that replays it.
+
+    Replaying skips Python, which makes steps of many short kernels several times faster. The step may use only its
+    inputs and tensors that keep their address. What it makes (its result, and gradients that it lets begin as None) is
+    overwritten by the next replay. The function raises ValueError for inputs of another shape or dtype.
+    warmup: how often to run the step first, for whatever is compiled, planned or loaded at first use.
+    """
+    inputs = [x.clone() for x in inputs]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            step(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step(*inputs)
+
+    def replay(*new):
+        for x, y in zip(inputs, new, strict=True):
+            if x.shape != y.shape or x.dtype != y.dtype:  # copy_ would broadcast and cast
+                raise ValueError(f"recorded with {x.dtype} {tuple(x.shape)}, got {y.dtype} {tuple(y.shape)}")
+            x.copy_(y)
+        graph.replay()
+        return result
+
+    replay.step = step  # the graph reads its weights by address: they have to live as long
+    return replay
+
+
+def record_training(differentiate, optimizers, *inputs):
+    """The two halves of a training step, recorded -> differentiate(*inputs), update(lr).
+
+    differentiate: a function of the inputs that leaves gradients in p.grad. optimizers: AdamW or `Muon`, all at one
+    learning rate, with a state already (a resumed run) or none yet. `update` steps them all, and is recorded in its
+    first call, when they have one.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:  # a graph reads its learning rate by address
+        group |= {"lr": torch.tensor(float(group["lr"]), device=inputs[0].device), "capturable": False}
+    differentiate, recorded = record(differentiate, *inputs), []
+
+    def step():
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def update(lr):
+        for group in groups:
+            group["lr"].fill_(lr)
+        if recorded:
+            return recorded[0]()
+        step()
+        for group in groups:
+            group["capturable"] = True  # AdamW wants to be told
+        recorded.append(record(step, warmup=0))
+
+    return differentiate, update
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon for one group of matrices: its step at a learning rate of 1, scaled afterwards. That way the rate
+    may be a tensor on the GPU, and the step's thousands of small kernels be recorded as a CUDA graph."""
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        lr, before = group["lr"], [p.clone() for p in group["params"]]
+        group["lr"] = 1.0
+        super().step()
+        group["lr"] = lr
+        for p, old in zip(group["params"], before, strict=True):
+            p.copy_(old.lerp_(p, lr))  # the update and the weight decay are both proportional to the rate

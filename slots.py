@@ -1,0 +1,264 @@
+"""Slots in one buffer, read in place, and their gradients, summed along depth: the inside of fast.py.
+
+A slot is read by every layer above the one that wrote it, and its gradient is the sum of what they add. Autograd would
+add reader by reader, through memory: for each, a gradient of all slots is written, read and added. Here a layer's
+backward computes its dq alone, and leaves (q, do, lse, delta) behind. When the backward reaches the sublayer that wrote
+a slot, all its readers have been there. Then one kernel goes through them and adds in registers: FlashAttention's dK,
+dV loop, with layers in place of query blocks.
+"""
+
+import math
+
+import torch
+from torch.autograd import Variable
+
+import kernel
+from kernel import _launch, jit, tl, triton
+from sdpa import sequence_backward
+
+
+class SlotBuffers:
+    """Buffers (n_slot, B, n_kv_head, T, head_dim) of all slots' K and V, and what a backward has gathered so far.
+
+    So that not every slot has to look at all its readers, gradients are summed in blocks of layers. When the backward
+    enters a block, what the readers above it add is summed for all its slots at once, in float32 (`sums`). Each slot
+    then adds the readers within its block only.
+    """
+
+    BLOCK = 8  # layers; at 24 and 48 layers, with groups from 1 to 4, no other number moves much fewer bytes
+
+    def __init__(self, n_slot, per_layer):
+        self.n_slot, self.per_layer, self.k, self.v = n_slot, per_layer, None, None
+        self.lowest = None  # the first slot with a gradient, so the last one to get it
+        self.begin_backward()
+
+    def begin_backward(self, stop=0):
+        """Forget what an earlier backward, finished or broken off, has left. This one begins at the layer that reads
+        the slots up to `stop`."""
+        self.readers, self.addresses = [], None  # (q, do, lse, delta, start) of each, deepest first; where they lie
+        self.grads = {}  # slot: (dk, dv), of the layer that is being differentiated
+        self.n_summed, self.sums, self.sums_start = 0, None, 0  # readers in `sums`; (dk, dv); the first slot in it
+        self.graph_task = torch._C._current_graph_task_id()  # which of autograd's backwards this is
+        self.is_whole = stop == self.n_slot  # from the last layer on, so that the forward is over
+
+    def end_backward(self, ctx):
+        """Every slot has its gradient: free the buffers. Not with retain_graph=True, when they are needed again; then
+        autograd still has what it saved for ctx, a `Write`."""
+        try:
+            ctx.saved_tensors  # noqa: B018
+        except RuntimeError:
+            if self.is_whole:
+                self.k = self.v = None
+        self.begin_backward()
+
+    def write(self, slot, k, v):
+        if self.k is None:
+            self.k, self.v = (x.new_empty(self.n_slot, *x.shape) for x in (k, v))
+        self.k[slot], self.v[slot] = k, v
+
+    def read(self, start, stop):
+        """depth_k, depth_v of the slots start..stop-1, in pieces, as kernel.py's operators take them."""
+        return ([self.k[start:stop]], [self.v[start:stop]]) if stop > start else ([], [])
+
+    def attend(self, q, k, v, start, stop):
+        """-> o (B, n_head, T, head_dim), lse (B, n_head, T)."""
+        return kernel.attention_forward(q, k, v, *self.read(start, stop), True, q.shape[-1] ** -0.5, "triton")
+
+    def add_reader(self, do, q, o, lse, dq, start, stop):
+        """A layer's attention is being differentiated: add the depth part to dq, and keep what the slots need of it.
+        Rows of q and do start at multiples of 16 bytes: `FastMoDA._can_be_fast` asks for head_dim % 8 == 0."""
+        if self.addresses is None:
+            self.addresses = torch.empty(self.n_slot // self.per_layer, 8, dtype=torch.int64, device=q.device)
+        args = (do, q, self.k[start:stop], self.v[start:stop], o, lse, q.shape[-1] ** -0.5, dq)
+        delta = kernel._depth_backward_triton(*args, slots=False)
+        _addresses_kernel[(1,)](self.addresses[len(self.readers)], q, do, lse, delta, start)
+        self.readers.append((q.detach(), do, lse, delta, start))
+
+    def sum_readers(self, since, first, last, dtype, sums=None):
+        args = (self.readers[since:], self.addresses[since:], self.k, self.v, first, last, dtype, sums, self.sums_start)
+        return slots_backward(*args, self.k.shape[-1] ** -0.5)
+
+    def gradients(self, slot):
+        """-> dk, dv of a slot whose readers have all been differentiated."""
+        if slot not in self.grads:  # all slots of its layer at once: they have the same readers
+            first, last = slot - slot % self.per_layer, slot + 1
+            if len(self.readers) - self.n_summed >= self.BLOCK:
+                self.sums = None  # and its memory
+                self.n_summed, self.sums_start = len(self.readers), max(0, last - self.BLOCK * self.per_layer)
+                self.sums = self.sum_readers(0, self.sums_start, last, torch.float32)
+            grads = self.sum_readers(self.n_summed, first, last, self.k.dtype, self.sums)
+            self.grads = {first + i: pair for i, pair in enumerate(zip(*grads, strict=True))}
+        return self.grads[slot]
+
+
+def check_backward(buffers):
+    """RuntimeError for what would give wrong gradients."""
+    # once_differentiable refuses by a node of the graph, which torch.autograd.grad(..., inputs) may never visit
+    if torch.is_grad_enabled():
+        raise RuntimeError('the fast depth stream has no second derivatives: impl="reference" takes create_graph=True')
+    if buffers.graph_task != torch._C._current_graph_task_id():
+        raise RuntimeError(
+            'a graph of the fast depth stream was differentiated within its own backward: use impl="torch"'
+        )
+
+
+class Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k, v, chain, buffers, slot):
+        buffers.write(slot, k, v)
+        if buffers.lowest is None and any(ctx.needs_input_grad):
+            buffers.lowest = slot
+        ctx.buffers, ctx.slot = buffers, slot
+        return k.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, dchain):
+        check_backward(ctx.buffers)
+        if ctx.slot == ctx.buffers.lowest:
+            Variable._execution_engine.queue_callback(lambda: ctx.buffers.end_backward(ctx))
+        return *ctx.buffers.gradients(ctx.slot), dchain, None, None
+
+
+class Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, chain, buffers, start, stop):
+        o, lse = buffers.attend(q, k, v, start, stop)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.buffers, ctx.start, ctx.stop = buffers, start, stop
+        ctx.set_materialize_grads(False)
+        return o, q.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, do, dchain):
+        (q, k, v, o, lse), buffers = ctx.saved_tensors, ctx.buffers
+        if dchain is None:  # nothing later was read: this backward starts here
+            buffers.begin_backward(ctx.stop)
+            dchain = q.new_empty(0)
+        check_backward(buffers)
+        # one kernel loops over all readers with the first one's strides: all must share its layout
+        q = kernel._laid_out(q, buffers.readers[0][0] if buffers.readers else q)
+        o = kernel._laid_out(o, q)
+        do = torch.zeros_like(q) if do is None else kernel._laid_out(do, q)  # None: only its slots were used
+        dq, dk, dv = sequence_backward(do, q, k, v, o, lse, True, q.shape[-1] ** -0.5)
+        if ctx.stop > ctx.start:
+            buffers.add_reader(do, q, o, lse, dq, ctx.start, ctx.stop)
+        return dq, dk, dv, dchain, None, None, None
+
+
+# Triton compiles a kernel anew for numbers that are 1 or multiples of 16. Strides profit from that; numbers of slots
+# and readers would only multiply the kernels, so they are excepted.
+
+
+@jit(do_not_specialize=["first"])
+def _addresses_kernel(row, q, do, lse, delta, first):
+    """Fill the row of one reader: where its tensors lie, and the first slot that it read."""
+    tl.store(row, q.to(tl.int64))
+    tl.store(row + 1, do.to(tl.int64))
+    tl.store(row + 2, lse.to(tl.int64))
+    tl.store(row + 3, delta.to(tl.int64))
+    tl.store(row + 4, first)
+
+
+@jit(do_not_specialize=["first", "last", "sums_start", "n_reader"])
+def _slots_backward_kernel(
+    addresses,  # pointer: for each reader a row of 8 numbers, written by `_addresses_kernel`
+    depth_k, depth_v, sum_k, sum_v, out_k, out_v,  # pointers
+    q_stride, do_stride, slot_stride, sum_stride, out_stride,  # K and V of a kind are laid out alike
+    T, first, last, sums_start, n_reader, scale, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_READER: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """FlashAttention's dK, dV loop, along depth: gradients of the slots first..last-1, summed over the layers that read
+    them. The rows of N_READER readers make one tile, as if they were more heads of the group. With SUMMED the sums
+    begin at what an earlier call put out: slot s at sum[s - sums_start]. Slot s goes to out[s - first]."""
+    LN2: tl.constexpr = 0.6931471805599453
+    BLOCK_T: tl.constexpr = BLOCK_M // (GROUP * N_READER)
+    t0 = tl.program_id(0) * BLOCK_T
+    kv_head, b, n_head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(1) * GROUP
+
+    row, col, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    token, head = (t0 + row // GROUP % BLOCK_T).to(tl.int64), kv_head * GROUP + row % GROUP
+    in_dim = dim < HEAD_DIM
+    q_at = b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
+    do_at = b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
+    lse_at = (b * n_head + head) * T + token
+
+    for begin in range(first * BLOCK_T, last * BLOCK_T, BLOCK_N):
+        slot, source = ((begin + col) // BLOCK_T).to(tl.int64), (t0 + (begin + col) % BLOCK_T).to(tl.int64)
+        in_kv = ((slot < last) & (source < T))[:, None] & in_dim[None, :]
+        kv_at = slot * slot_stride[0] + b * slot_stride[1] + kv_head * slot_stride[2] + source * slot_stride[3]
+        k_tile = tl.load(depth_k + kv_at[:, None] + dim[None, :], mask=in_kv, other=0.0)  # (BLOCK_N, D)
+        v_tile = tl.load(depth_v + kv_at[:, None] + dim[None, :], mask=in_kv, other=0.0)
+        if SUMMED:
+            sum_slot = (slot - sums_start) * sum_stride[0]
+            sum_at = sum_slot + b * sum_stride[1] + kv_head * sum_stride[2] + source * sum_stride[3]
+            dk_tile = tl.load(sum_k + sum_at[:, None] + dim[None, :], mask=in_kv, other=0.0)
+            dv_tile = tl.load(sum_v + sum_at[:, None] + dim[None, :], mask=in_kv, other=0.0)
+        else:
+            dk_tile = tl.zeros([BLOCK_N, D], tl.float32)
+            dv_tile = tl.zeros([BLOCK_N, D], tl.float32)
+        for chunk in range(0, n_reader, N_READER):
+            number = chunk + row // (BLOCK_T * GROUP)
+            in_row = (row < N_READER * BLOCK_T * GROUP) & (number < n_reader) & (token < T)
+            in_tile = in_row[:, None] & in_dim[None, :]
+            reader = addresses + number * 8
+            q_row = tl.load(reader, mask=in_row, other=0).to(depth_k.dtype) + q_at
+            do_row = tl.load(reader + 1, mask=in_row, other=0).to(depth_k.dtype) + do_at
+            lse_row = tl.load(reader + 2, mask=in_row, other=0).to(sum_k.dtype) + lse_at
+            delta_row = tl.load(reader + 3, mask=in_row, other=0).to(sum_k.dtype) + lse_at
+            first_read = tl.load(reader + 4, mask=in_row, other=0)
+            # A pointer made from an integer carries no alignment; without this promise Triton loads 2 bytes at a time.
+            q_row, do_row = tl.multiple_of(q_row, 16), tl.multiple_of(do_row, 16)
+            q_tile = tl.load(q_row[:, None] + dim[None, :], mask=in_tile, other=0.0)  # (BLOCK_M, D)
+            do_tile = tl.load(do_row[:, None] + dim[None, :], mask=in_tile, other=0.0)
+            lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
+            delta_tile = tl.load(delta_row, mask=in_row, other=0.0)
+            z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+            read = (slot[None, :] >= first_read[:, None]) & (token[:, None] == source[None, :]) & in_row[:, None]
+            p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+            dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
+            dk_tile = tl.dot(tl.trans(dz), q_tile, dk_tile, input_precision="ieee")
+            dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision="ieee")
+        out_slot = (slot - first) * out_stride[0]
+        out_at = out_slot + b * out_stride[1] + kv_head * out_stride[2] + source * out_stride[3]
+        tl.store(out_k + out_at[:, None] + dim[None, :], dk_tile.to(out_k.dtype.element_ty), mask=in_kv)
+        tl.store(out_v + out_at[:, None] + dim[None, :], dv_tile.to(out_v.dtype.element_ty), mask=in_kv)
+
+
+def slots_backward(readers, addresses, depth_k, depth_v, first, last, dtype, sums, sums_start, scale):
+    """-> dk, dv (last - first, B, n_kv_head, T, head_dim) of the slots first..last-1, summed over their readers.
+
+    readers: (q, do, lse, delta, start) of each layer, deepest first: q, do (B, n_head, T, head_dim), lse, delta (B,
+    n_head, T), all laid out alike, rows at multiples of 16 bytes. A layer reads the slots from `start` to at least
+    last-1. addresses (n_reader, 8), int64: the rows of `_addresses_kernel`. depth_k, depth_v: all slots (n_slot, B,
+    n_kv_head, T, head_dim). sums: dk and dv in float32 to begin with, of the slots from `sums_start` on, or None.
+    """
+    if not readers:  # all of them are in sums
+        return [x[first - sums_start : last - sums_start].to(dtype) for x in sums]
+    n_out, unread = last - first, sum(start >= last for *_, start in readers)  # their windows have moved on
+    readers, addresses = readers[unread:], addresses[unread:]
+    q, do, lse = readers[0][:3]
+    n_head, T, n_kv_head = *q.shape[1:3], depth_k.shape[2]
+    out = [x.new_empty(n_out, *x.shape[1:], dtype=dtype) for x in (depth_k, depth_v)]
+    # What was fastest with 1 to 4 heads a group: for a layer's own slots about 8 tokens, so that one tile of 16 columns
+    # holds them all, for a block's about 2, and as many readers as make 32 or 64 rows of that.
+    group = n_head // n_kv_head
+    padded = triton.next_power_of_2(group)
+    if n_out <= 2:
+        n_reader = triton.next_power_of_2(triton.cdiv(4, group))
+        rows, cols, num_warps, num_stages = 32, 16, 1, 3
+    else:
+        n_reader = min(16, max(1, (32 if q.shape[3] <= 128 else 16) // padded))
+        rows, cols, num_warps, num_stages = 2 * padded * n_reader, 16 if n_out <= 8 else 32, 2, 2
+    if q.dtype == torch.float32:  # without tensor cores, where large tiles take minutes to compile
+        n_reader, rows = max(1, 16 // padded), 16
+    if q.dtype == torch.float32 or q.shape[3] > 64:  # or the registers of fewer warps overflow
+        num_warps, num_stages = 4, 1
+    sum_k, sum_v = (lse, lse) if sums is None else sums  # to point anywhere, in float32
+    strides = [x.stride()[:-1] for x in (q, do, depth_k, depth_k if sums is None else sum_k, out[0])]
+    args = (addresses, depth_k, depth_v, sum_k, sum_v, *out, *strides)
+    args += (T, first, last, sums_start, len(readers), scale, scale / math.log(2))
+    meta = {"N_READER": n_reader, "SUMMED": sums is not None, "num_warps": num_warps, "num_stages": num_stages}
+    _launch(_slots_backward_kernel, q, n_kv_head, rows, cols, args, n_reader, **meta)
+    return out
