@@ -11,40 +11,35 @@ kernel.py needs `has_fused`, `sequence_forward` and `sequence_backward`. Shapes 
 
 import torch
 import torch.nn.functional as F
-from torch.backends.cuda import (
-    SDPAParams,
-    can_use_cudnn_attention,
-    can_use_flash_attention,
-    cudnn_sdp_enabled,
-    flash_sdp_enabled,
-    mem_efficient_sdp_enabled,
-)
+from torch.backends import cuda
 
 aten = torch.ops.aten
 
 
 def has_fused(q):
-    """Whether PyTorch has a fused attention that returns its lse for the device, dtype and head_dim of q, and
-    `torch.nn.attention.sdpa_kernel` allows one."""
+    """Whether PyTorch has a fused attention that returns its lse for q, and `torch.nn.attention.sdpa_kernel` allows
+    one. On CUDA they take head_dim up to 256, and batch and heads are axes of a grid."""
     if q.device.type == "cpu":
         return q.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    # torch.compile cannot trace these questions
-    allowed = torch.compiler.is_compiling() or cudnn_sdp_enabled() or flash_sdp_enabled() or mem_efficient_sdp_enabled()
-    return q.device.type == "cuda" and q.dtype != torch.float64 and q.shape[-1] <= 256 and allowed
+    if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[3] > 256 or max(q.shape[:2]) > 65_535:
+        return False
+    if torch.compiler.is_compiling():  # which cannot trace the questions below
+        return True
+    return cuda.cudnn_sdp_enabled() or cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
 
 
 def _backend(q, k, v, causal):
     """The fastest of PyTorch's fused attentions that takes these inputs and that `sdpa_kernel` allows."""
     if q.device.type == "cpu":
         return "cpu"
-    params = SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
-    cudnn = can_use_cudnn_attention(params)
+    params = cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    cudnn = cuda.can_use_cudnn_attention(params)
     # cuDNN builds a plan for every new shape, which takes longer than attention itself: for shapes that recur only
     if cudnn and q.shape[2] == k.shape[2] and q.shape[2] % 64 == 0 and q.shape[3] <= 128:
         return "cudnn"
-    if can_use_flash_attention(params):
+    if cuda.can_use_flash_attention(params):
         return "flash"
-    return "cudnn" if cudnn and not mem_efficient_sdp_enabled() else "efficient"
+    return "cudnn" if cudnn and not cuda.mem_efficient_sdp_enabled() else "efficient"
 
 
 # cuDNN's plans are cached by the shapes and strides of q, k, v, but (seen with torch 2.11) not by those of o and do:
