@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from sdpa import has_fused, sequence_backward, sequence_forward
+from sdpa import has_fused, laid_out, sequence_backward, sequence_forward
 
 try:
     import triton
@@ -34,7 +34,7 @@ try:
 except ImportError:  # macOS, Windows: everything but the Triton kernels works
     triton, tl = None, SimpleNamespace(constexpr=None)  # their signatures still have to read
 
-# asked for once: torch.compile cannot trace the question everywhere
+# asked once: torch.compile cannot always trace the question
 AUTOCAST_DEVICES = [name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)]
 INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors
 
@@ -51,13 +51,10 @@ def moda_attention_weights(q, k, depth_k=None, *, causal=True, scale=None):
     """The joint softmax of MoDA, as a matrix. For looking, and for the reference; needs O(T_q * T_kv) memory.
 
     Arguments and errors as in `moda_attention`. Returns (p, lse): p (B, n_head, T_q, T_kv + n_slot), whose rows sum to
-    1, sequence columns first; lse (B, n_head, T_q). Both in float32, or in float64 for float64 inputs.
-    """
+    1, sequence columns first; lse (B, n_head, T_q). Both in float32, or in float64 for float64 inputs."""
     _check(q, k, k, depth_k, depth_k, causal)
-    n_head, T_q, head_dim = q.shape[1:]
-    n_kv_head, T_kv = k.shape[1:3]
-    scale = head_dim**-0.5 if scale is None else scale
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    (n_head, T_q, head_dim), (n_kv_head, T_kv) = q.shape[1:], k.shape[1:3]
+    scale, dtype = head_dim**-0.5 if scale is None else scale, torch.promote_types(q.dtype, torch.float32)
     with _full_precision(q):
         q = q.to(dtype).unflatten(1, (n_kv_head, n_head // n_kv_head))  # (B, n_kv_head, group, T_q, head_dim)
         z = q @ k.to(dtype).mT.unsqueeze(2) * scale  # (B, n_kv_head, group, T_q, T_kv)
@@ -73,8 +70,7 @@ def moda_attention_weights(q, k, depth_k=None, *, causal=True, scale=None):
 def moda_attention_reference(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=None, return_lse=False):
     """The equation at the top of this file, written out. Arguments, result and errors as in `moda_attention`.
 
-    The oracle of every test: run it in float64. Differentiable by plain autograd.
-    """
+    The oracle of every test: run it in float64. Differentiable by plain autograd."""
     _check(q, k, v, depth_k, depth_v, causal)
     p, lse = moda_attention_weights(q, k, depth_k, causal=causal, scale=scale)
     p = p.unflatten(1, (k.shape[1], -1))  # (B, n_kv_head, group, T_q, T_kv + n_slot)
@@ -196,7 +192,6 @@ def _forward_kernel(
     in_dim = dim < HEAD_DIM
     in_row = (row < BLOCK_T * GROUP) & (token < T_q)
     in_tile = in_row[:, None] & in_dim[None, :]
-
     q_row = q + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
     o_row = o + b * o_stride[0] + head * o_stride[1] + token * o_stride[2]
     lse_row = lse + (b * n_head + head) * T_q + token
@@ -213,12 +208,8 @@ def _forward_kernel(
         k_head = k + b * k_stride[0] + kv_head * k_stride[1]
         v_head = v + b * v_stride[0] + kv_head * v_stride[1]
         position = token + (T_kv - T_q)  # the queries are the last T_q positions
-        if CAUSAL:
-            n_seen = tl.minimum(t0 + (T_kv - T_q) + BLOCK_T, T_kv)  # by the last token of the block
-            n_full = (t0 + (T_kv - T_q) + 1) // BLOCK_N * BLOCK_N  # whole blocks that its first token sees
-        else:
-            n_seen = T_kv
-            n_full = T_kv // BLOCK_N * BLOCK_N
+        n_seen = tl.minimum(t0 + (T_kv - T_q) + BLOCK_T, T_kv) if CAUSAL else T_kv  # by the last token of the block
+        n_full = (t0 + (T_kv - T_q) + 1 if CAUSAL else T_kv) // BLOCK_N * BLOCK_N  # whole blocks that its first sees
 
         for start in range(0, n_full, BLOCK_N):  # (1) no mask
             at = (start + col).to(tl.int64)
@@ -276,7 +267,6 @@ def _backward_kernel(
     in_dim = dim < HEAD_DIM
     in_row = (row < BLOCK_T * GROUP) & (token < T_q)
     in_tile = in_row[:, None] & in_dim[None, :]
-
     q_row = q + b * q_stride[0] + head * q_stride[1] + token * q_stride[2]
     o_row = o + b * o_stride[0] + head * o_stride[1] + token * o_stride[2]
     do_row = do + b * do_stride[0] + head * do_stride[1] + token * do_stride[2]
@@ -342,7 +332,7 @@ def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=1
     else:
         (o, lse), rows = state, 16
     if depth_k is None:
-        depth_k = depth_v = q.new_empty(0, q.shape[0], k.shape[1], q.shape[2], q.shape[3])
+        depth_k = depth_v = k[None, ..., :0, :][:0]  # no slots
     (o,), lse = _readable(o), lse.contiguous()
     strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
     args = (q, k, v, depth_k, depth_v, o, lse, *strides, q.shape[2], k.shape[2], len(depth_k), scale / math.log(2))
@@ -382,18 +372,17 @@ def _readable(*tensors):
     return tuple(x if x is None or can_read(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
-def _laid_out(x, like):
-    """x, copied if it has to be, with the strides of `torch.empty_like(like)`."""
-    is_so = x.stride() == torch.empty_like(like, device="meta").stride()
-    return x if is_so else torch.empty_like(like).copy_(x)
-
-
 def _stacked(pieces):
     """The slots as one tensor (n_slot, B, n_kv_head, T_q, head_dim), or None if there are none. Where they are stacked,
     a token's slots lie side by side in memory, as `_slots_by_token` wants them."""
     if not pieces or pieces[0].dim() == 5:
         return pieces[0] if pieces else None
     return torch.stack(pieces, dim=3).permute(3, 0, 1, 2, 4)
+
+
+def _inputs(q, k, v, depth_k, depth_v):
+    """What there is a gradient for: q, k, v, and the stacked slots if there are any."""
+    return [x for x in (q, k, v, _stacked(depth_k), _stacked(depth_v)) if x is not None]
 
 
 def _autocast(x):
@@ -406,8 +395,7 @@ def _autocast(x):
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
-def _forward_mode():
-    """Whether tangents are computed (torch.func.jvp), which an opaque operator or a kernel would drop, silently."""
+def _forward_mode():  # torch.func.jvp: an opaque operator or a kernel would drop the tangents, silently
     return forward_ad._current_level >= 0
 
 
@@ -439,14 +427,14 @@ def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl):
                 o, lse = _depth_forward_torch(q_read, depth_k, depth_v, o, lse, scale)
             elif depth_k is not None:
                 o, lse = _forward_triton(q_read, k, v, depth_k, depth_v, causal, scale, (o, lse))
-    return _laid_out(o, q), lse.contiguous()
+    return laid_out(o, q), lse.contiguous()
 
 
 def attention_backward(do, q, k, v, depth_k, depth_v, o, lse, causal, scale, impl):
     """[dq, dk, dv], and ddepth_k, ddepth_v as one tensor each if there are slots, from the joint o and lse."""
-    inputs = [x for x in (q, k, v, _stacked(depth_k), _stacked(depth_v)) if x is not None]
+    inputs = _inputs(q, k, v, depth_k, depth_v)
     q, k, v, *depth = _readable(*inputs)
-    do, o = _laid_out(do, q), _laid_out(o, q)
+    do, o = laid_out(do, q), laid_out(o, q)
     ddepth = ()
     with _full_precision(q):
         dq, dk, dv = sequence_backward(do, q, k, v, o, lse, causal, scale)
@@ -456,7 +444,7 @@ def attention_backward(do, q, k, v, depth_k, depth_v, o, lse, causal, scale, imp
         elif depth:
             (dq,) = _readable(dq)
             ddepth = _depth_backward_triton(do, q, *depth, o, lse, scale, dq)
-    return [_laid_out(grad, x) for grad, x in zip((dq, dk, dv, *ddepth), inputs, strict=True)]
+    return [laid_out(grad, x) for grad, x in zip((dq, dk, dv, *ddepth), inputs, strict=True)]
 
 
 _SCHEMA = "({}Tensor q, Tensor k, Tensor v, Tensor[] depth_k, Tensor[] depth_v, {}bool causal, float scale, str impl)"
@@ -467,14 +455,10 @@ _attention = _operator("moda::attention", attention_forward, schema=_FORWARD)
 _attention_backward = _operator("moda::attention_backward", attention_backward, schema=_BACKWARD)
 
 
-@_attention.register_fake
-def _(q, *_):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@_attention_backward.register_fake
-def _(do, q, k, v, depth_k, depth_v, *_):
-    return [torch.empty_like(x) for x in (q, k, v, _stacked(depth_k), _stacked(depth_v)) if x is not None]
+_attention.register_fake(
+    lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)))
+)
+_attention_backward.register_fake(lambda do, *args: [torch.empty_like(x) for x in _inputs(*args[:5])])
 
 
 def _setup_context(ctx, inputs, output):

@@ -42,6 +42,12 @@ def _backend(q, k, v, causal):
     return "cudnn" if cudnn and not cuda.mem_efficient_sdp_enabled() else "efficient"
 
 
+def laid_out(x, like):
+    """x, copied if it has to be, with the strides of `torch.empty_like(like)`."""
+    is_so = x.stride() == torch.empty_like(like, device="meta").stride()
+    return x if is_so else torch.empty_like(like).copy_(x)
+
+
 # cuDNN's plans are cached by the shapes and strides of q, k, v, but (seen with torch 2.11) not by those of o and do:
 # whoever comes second with other strides silently gets wrong gradients. So o and do always go in laid out like q, and
 # the plans are our own: the dropout probability is part of the key byte by byte, where -0.0, just as much no dropout,

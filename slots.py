@@ -14,7 +14,7 @@ from torch.autograd import Variable
 
 import kernel
 from kernel import _launch, jit, tl, triton
-from sdpa import sequence_backward
+from sdpa import laid_out, sequence_backward
 
 
 class SlotBuffers:
@@ -136,9 +136,9 @@ class Attend(torch.autograd.Function):
             dchain = q.new_empty(0)
         check_backward(buffers)
         # one kernel loops over all readers with the first one's strides: all must share its layout
-        q = kernel._laid_out(q, buffers.readers[0][0] if buffers.readers else q)
-        o = kernel._laid_out(o, q)
-        do = torch.zeros_like(q) if do is None else kernel._laid_out(do, q)  # None: only its slots were used
+        q = laid_out(q, buffers.readers[0][0] if buffers.readers else q)
+        o = laid_out(o, q)
+        do = torch.zeros_like(q) if do is None else laid_out(do, q)  # None: only its slots were used
         dq, dk, dv = sequence_backward(do, q, k, v, o, lse, True, q.shape[-1] ** -0.5)
         if ctx.stop > ctx.start:
             buffers.add_reader(do, q, o, lse, dq, ctx.start, ctx.stop)
