@@ -117,16 +117,17 @@ def before_attention(block, x, rope):
 
 def between_attentions(block, following, x, o, rope):
     """-> x after the layer, the FFN's slot, and what the following layer's attention reads; None if there is none."""
-    attn, ffn, slot = block.attn, block.ffn, None
+    attn, ffn = block.attn, block.ffn
     h = attn.wo(o.transpose(1, 2).flatten(2))
     x = x + h if block.pre else block.attn_norm(x + h)
     h = block.ffn_norm(x) if block.pre else x
     if attn.ffn_kv:
-        gate, up, *kv = joined(h, ffn.gate, ffn.up, attn.ffn_kv.wk, attn.ffn_kv.wv)
-        slot, h = attn.kv_heads(*kv, rope, attn.config.depth_rope), ffn.down(F.silu(gate) * up)
+        gate, up, *slot = joined(h, ffn.gate, ffn.up, attn.ffn_kv.wk, attn.ffn_kv.wv)
+        h = ffn.down(F.silu(gate) * up)
     else:
-        h = ffn(h)  # gate and up are faster apart, if nothing else reads h
+        h, slot = ffn(h), None  # gate and up are faster apart, if nothing else reads h
     x = x + h if block.pre else block.ffn_norm(x + h)
+    slot = attn.kv_heads(*slot, rope, attn.config.depth_rope) if slot else None
     return x, slot, before_attention(following, x, rope) if following is not None else None
 
 

@@ -252,7 +252,7 @@ class Attention(nn.Module):
         k, v = self.kv_heads(*kv, rope)
         if not self.writes:
             return q, k, v, None
-        if own_kv is None and self.config.depth_rope:
+        if not own_kv and self.config.depth_rope:
             return q, k, v, (k, v)  # the sequence KV, used a second time
         return q, k, v, self.kv_heads(*(own_kv or kv), rope, self.config.depth_rope)
 

@@ -80,6 +80,15 @@ def test_fast_stream_gradients(variant, device, request):
     assert worst(gradients(model, idx, targets), gradients(exact, idx, targets)) <= TIGHT
 
 
+@pytest.mark.parametrize("row, n_key", [(1, 3), (3, 3), (4, 3 + 2), (5, 3 + 4)])
+def test_keys_are_rotated_once(row, n_key, monkeypatch):
+    """As in moda.py: the sequence KV that is a slot too is not made twice."""
+    rotations, rotate = [], moda.rotate
+    monkeypatch.setattr(moda, "rotate", lambda x, cos, sin: (rotations.append(1), rotate(x, cos, sin))[1])
+    FastMoDA(replace(SMALL, **ROWS[row]))(tokens())
+    assert len(rotations) == n_key + SMALL.n_layer  # and the queries
+
+
 @on_each_device
 def test_fast_stream_under_autograd(device, small_blocks):
     """Accumulation, several graphs at once, one used twice, one that broke off, one that starts in the middle."""
