@@ -360,15 +360,6 @@ def test_bad_data_is_one_sentence(tmp_path, content, message, folder):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_is_read_but_for_what_is_no_text(text, tmp_path, capsys):
-    files = {"b.txt": b"b\r\n", "a/c.md": "ä".encode(), "d.bin": b"\0", "e": b"\xff", ".git/f": b"f", "g": b""}
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    assert list(read_documents(str(tmp_path)).items()) == [("a/c.md", "ä"), ("b.txt", "b\r\n")]
-    assert "skipped 2 of 4 files" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "noise", "pickle", "tokenizer"])
 def test_bad_checkpoints_are_refused_and_kept(whole, tmp_path, damage):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
@@ -460,62 +451,7 @@ def test_help_names_every_setting(capsys):
     assert "--tokenizer TOKENIZER" in out and "--compare" in out
 
 
-# ------------------------------------------------------------------------------------------------ text and batches
-
-
-def test_the_split_is_by_file_stable_and_disjoint():
-    documents = {f"package/module_{i}.py": f"text {i}\n" for i in range(400)}
-    train, validation = train_small.split_documents(documents)
-    assert sorted(train + validation) == sorted(documents.values()) and 10 < len(validation) < 45
-    fewer = dict(list(documents.items())[::3])  # other files come and go
-    train_2, validation_2 = train_small.split_documents(fewer)
-    assert set(train_2) <= set(train) and set(validation_2) <= set(validation)
-
-
-def test_a_single_file_is_cut_at_a_line():
-    text = "".join(f"line {i}\n" for i in range(1000))
-    (train,), (validation,) = train_small.split_documents({".": text})
-    assert train + validation == text and train.endswith("\n") and 0.88 < len(train) / len(text) <= 0.9
-
-
-def test_the_default_text_is_the_standard_library_without_tests():
-    documents = read_documents()
-    assert "argparse.py" in documents and len(documents) > 300 and all(name.endswith(".py") for name in documents)
-    assert not [name for name in documents if {"test", "tests", "site-packages"} & set(name.split("/"))]
-    assert list(documents) == sorted(documents)
-    train, validation = train_small.split_documents(documents)
-    assert not set(train) & set(validation) - {""} and 0.03 < sum(map(len, validation)) / sum(map(len, train)) < 0.15
-
-
-def test_tokenizer_round_trip():
-    texts = ["def f():\n    return '<|endoftext|>'\r\n", "é€好😀 \t \u2028", " " * 1_000_000, "x" * 100_000]
-    tokenizer = make_tokenizer("bpe", [*texts, *texts], 300)
-    again = train_small.tokenizer_from_json(train_small.tokenizer_to_json(tokenizer))
-    tokens = encode(again, texts)
-    assert torch.equal(tokens, encode(tokenizer, texts)) and tokens.dtype == torch.int64
-    ends = (tokens == tokenizer.eot_token).nonzero().flatten().tolist()
-    assert len(ends) == len(texts) + 1 and ends[0] == 0 and ends[-1] == len(tokens) - 1  # only between the texts
-    assert [again.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)] == texts
-    assert tokenizer.n_vocab <= 300 and tokens.max() < tokenizer.n_vocab
-
-
-def test_one_runs_tokenizer_does_not_leak_into_another(tmp_path):
-    for words in ("aaaa bbbb " * 50, "cccc dddd " * 50):
-        path = tmp_path / "tokenizer.json"  # the same path twice
-        tokenizer = make_tokenizer("bpe", [words], 270)
-        path.write_text(train_small.tokenizer_to_json(tokenizer))
-        assert train_small.tokenizer_from_json(path.read_text()).encode(words) == tokenizer.encode(words)
-
-
-def test_every_epoch_visits_each_window_once():
-    tokens, T = torch.arange(1000), 8
-    x, y = get_batch(tokens, T, 7, range(125))
-    assert torch.equal(x.flatten().sort().values, tokens) and torch.equal(y, (x + 1) % 1000)
-    assert len(x[:, 0].diff().unique()) > 50  # in no order
-    later, _ = get_batch(tokens, T, 7, range(125, 250))
-    assert torch.equal(later.flatten().sort().values, tokens)
-    assert not torch.equal(x, later) and not torch.equal(x, get_batch(tokens, T, 8, range(125))[0])
-    assert torch.equal(get_batch(tokens, T, 7, range(120, 130))[0], torch.cat([x[120:], later[:5]]))  # any slice
+# ------------------------------------------------------------------------------------------------------ training
 
 
 def test_learning_rate_warms_up_and_decays():
