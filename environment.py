@@ -25,7 +25,7 @@ def make_parser(description, groups):
     parser = argparse.ArgumentParser(
         description=description, usage="%(prog)s [--FLAG VALUE ...]", argument_default=argparse.SUPPRESS,
         allow_abbrev=False, exit_on_error=False,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
     )  # fmt: skip
     for title, config in groups.items():
         group = parser.add_argument_group(title)
@@ -61,7 +61,7 @@ def parse_arguments(parser, argv, keywords):
 
 def as_keywords(text):
     """The sentence with its flags as a notebook writes them: n_layer for --n-layer."""
-    return re.sub(r"(?<![\w'/])--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), text)
+    return re.sub(r"(?<![\w'])--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), text)
 
 
 def _reader(kind, optional):

@@ -18,7 +18,7 @@ from text import (
 )
 
 
-def test_a_folder_is_read_but_for_what_is_no_text(text, tmp_path, capsys):
+def test_a_folder_is_read_but_for_what_is_no_text(tmp_path, capsys):
     files = {"b.txt": b"b\r\n", "a/c.md": "ä".encode(), "d.bin": b"\0", "e": b"\xff", ".git/f": b"f", "g": b""}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,11 +1,12 @@
 """train_small.py: text in, run folder out; and nothing lost whatever goes wrong."""
 
 import contextlib
-import itertools
+import dataclasses
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,25 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
+import environment
 import train_small
-from moda import MoDA, MoDAConfig
-from train_small import (
-    TrainConfig,
-    encode,
-    export_run,
-    get_batch,
-    load_run,
-    main,
-    make_tokenizer,
-    parse_field,
-    read_documents,
-)
+from fast import FastMoDA, Muon
+from moda import PRESETS, MoDA, MoDAConfig
+from train_small import TrainConfig, encode, export_run, get_batch, load_run, main
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "n_layer=2 n_head=4 n_kv_head=2 n_embd=32 n_hidden=64 block_size=32 vocab_size=300"
+SMALL = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_hidden": 64, "block_size": 32, "vocab_size": 300}
+QUICK = {"steps": 10, "warmup": 2, "eval_every": 5, "eval_tokens": 256, "save_every": 3, "sample_tokens": 8}
 EVIL = []  # stays empty unless a checkpoint gets to run code
-QUICK = "warmup=2 eval_every=5 eval_tokens=256 save_every=3 sample_tokens=8"
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +39,15 @@ def text(tmp_path_factory):
     return str(path)
 
 
-def arguments(out, data, *more, settings=""):
-    settings = f"{SMALL} {QUICK} {settings}".split()
-    sets = [argument for setting in settings for argument in ("--set", setting)]
-    return ["--data", data, "--out", str(out), "--device", "cpu", "--steps", "10", "--batch-size", "4", *sets, *more]
+def keywords(out, data, **more):
+    """What a small run takes, as `main` takes it in a notebook."""
+    return {"data": data, "out": str(out), "device": "cpu", **SMALL, **QUICK, **more}
+
+
+def arguments(out, data, *more):
+    """The same as the flags of a command line."""
+    flags = (("--" + name.replace("_", "-"), str(value)) for name, value in keywords(out, data).items())
+    return [argument for flag in flags for argument in flag] + list(more)
 
 
 def checkpoint(folder):
@@ -117,11 +116,20 @@ def test_recorded_steps(text, tmp_path, monkeypatch, optimizer):
         device = ["--device", "cuda", "--steps", "40", "--optimizer", optimizer]
         return [row["loss"] for row in main(arguments(tmp_path / name, text, *device, *more))["history"]]
 
+    def eager(differentiate, optimizers, *inputs):
+        def update(lr):
+            for one in optimizers:
+                for group in one.param_groups:
+                    group["lr"] = lr
+                one.step()
+
+        return differentiate, update
+
     recorded = run("recorded")
     with at_step(monkeypatch, 20, interrupt), pytest.raises(SystemExit, match="after step 20"):
         run("halves")
     halves = run("halves", "--resume")
-    monkeypatch.setattr(train_small, "capture", lambda step, *inputs, warmup=3: step)
+    monkeypatch.setattr(train_small, "record_training", eager)
     plain = run("plain")
     assert plain[-1] < plain[0] - 1
     assert recorded == pytest.approx(plain, abs=0.02) and halves == pytest.approx(plain, abs=0.02)
@@ -132,7 +140,9 @@ def test_the_run_folder_holds_everything(whole):
     files = {"checkpoint.pt", "tokenizer.json", "config.json", "metrics.jsonl", "result.json", "sample.txt", "loss.png"}
     assert {path.name for path in folder.iterdir()} == files
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows == results["history"] and [row["step"] for row in rows] == list(range(1, 11))
+    assert rows == results["history"] == checkpoint(folder)["history"] and [row["step"] for row in rows] == list(
+        range(1, 11)
+    )
     assert [row["val_loss"] is not None for row in rows] == [step % 5 == 0 for step in range(1, 11)]
     assert rows[-1]["tokens"] == 10 * 4 * 32 and rows[-1]["seconds"] > 0 and rows[0]["loss"] > rows[-1]["loss"]
     config = json.loads((folder / "config.json").read_text())
@@ -186,7 +196,10 @@ def test_checkpoint_keys_are_the_models_own(whole):
 def test_ctrl_c_and_resume_equal_no_interruption(whole, text, tmp_path, monkeypatch):
     folder, _, optimizer = whole
     handler = signal.getsignal(signal.SIGINT)
-    with at_step(monkeypatch, 4, interrupt), pytest.raises(SystemExit, match=r"after step 4: .* --resume"):
+    with (
+        at_step(monkeypatch, 4, interrupt),
+        pytest.raises(SystemExit, match=r"after step 4: .*, with --out '.*' --resume"),
+    ):
         main(arguments(tmp_path, text, "--optimizer", optimizer))
     assert checkpoint(tmp_path)["step"] == 4
     assert signal.getsignal(signal.SIGINT) is handler
@@ -206,17 +219,48 @@ def test_crash_and_resume_equal_no_interruption(whole, text, tmp_path, monkeypat
     assert_same_run(folder, tmp_path)
 
 
+def test_ctrl_c_in_a_notebook_says_how_to_go_on_there(whole, text, tmp_path, monkeypatch):
+    with at_step(monkeypatch, 4, interrupt), pytest.raises(SystemExit) as stopped:
+        main(**keywords(tmp_path, text, optimizer=whole[2]))
+    command = str(stopped.value).split(", with ")[1]
+    assert command == f"main(out={str(tmp_path)!r}, resume=True)"
+    eval(command)
+    assert_same_run(whole[0], tmp_path)
+
+
 def test_second_ctrl_c_stops_at_once(text, tmp_path, monkeypatch):
     with at_step(monkeypatch, 2, lambda: (interrupt(), interrupt())), pytest.raises(KeyboardInterrupt):
         main(arguments(tmp_path, text))
+
+
+def test_an_older_versions_run_loads_but_does_not_go_on(whole, tmp_path):
+    """Such a checkpoint has no loss rows."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    old = checkpoint(tmp_path)
+    del old["history"], old["train_config"]["checkpoint"]
+    torch.save(old, tmp_path / "checkpoint.pt")
+    assert isinstance(load_run(tmp_path)[0], MoDA)
+    with pytest.raises(SystemExit, match=r"error: the run in .* older version's: load_run can read it, but"):
+        main(["--resume", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["moda", "plain"])
+def test_the_shipped_runs_load(name):
+    model, tokenizer = load_run(ROOT / "notebooks" / "deep" / name)
+    assert model.config.n_layer == 16 and model.config.depth_kv == (name == "moda")
+    idx = encode(tokenizer, ["def main():\n    parser = argparse.ArgumentParser()\n    args = parser.parse_args()\n"])[
+        None
+    ]
+    with torch.no_grad():
+        assert model(idx[:, :-1], idx[:, 1:])[1] < 3  # 7.6 nats is what an untrained model says
 
 
 def test_resume_may_lengthen_a_run_but_not_change_its_model_or_text(whole, text, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     resume = ["--resume", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="keeps its optimizer and n_layer"):
-        main([*resume, "--set", "n_layer=3", "--optimizer", "adamw" if whole[2] == "muon" else "muon"])
-    with pytest.raises(SystemExit, match="keeps its batch_size and seed"):  # they decide what it has read
+        main([*resume, "--n-layer", "3", "--optimizer", "adamw" if whole[2] == "muon" else "muon"])
+    with pytest.raises(SystemExit, match="keeps its seed and batch_size"):  # they decide what it has read
         main([*resume, "--batch-size", "8", "--seed", "5"])
     with pytest.raises(SystemExit, match="has done 10 steps"):
         main([*resume, "--steps", "9"])
@@ -226,12 +270,12 @@ def test_resume_may_lengthen_a_run_but_not_change_its_model_or_text(whole, text,
 
 
 def test_the_same_command_resumes_though_a_short_text_has_fewer_tokens(text, tmp_path):
-    command = arguments(tmp_path, text, settings="vocab_size=5000")
+    command = arguments(tmp_path, text, "--vocab-size", "5000")
     main(command)
     assert load_run(tmp_path)[1].n_vocab < 5000
     assert len(main([*command, "--resume"])["history"]) == 10
     with pytest.raises(SystemExit, match="keeps its vocab_size"):
-        main([*command, "--resume", "--set", "vocab_size=4000"])
+        main([*command, "--resume", "--vocab-size", "4000"])
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(whole, text, tmp_path, monkeypatch):
@@ -283,12 +327,67 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tex
     assert all(p.isfinite().all() for p in load_run(tmp_path)[0].parameters())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "checkpoint.pt").write_bytes(b"damaged"), "plain' is damaged or foreign"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "plain' is damaged or foreign"),
+        (lambda folder: edit(folder, step=11), "plain' has done 11 steps"),
+        (lambda folder: edit(folder, data={"sha256": ""}), "plain' began with another text"),
+        (lambda folder: edit(folder, train_config={"seed": 5}), "plain' is not that of these settings"),
+        (lambda folder: (shutil.rmtree(folder), folder.write_bytes(b"")), "plain' is a file"),
+    ],
+)
+def test_what_the_second_run_needs_is_checked_before_the_first_begins(compared, tmp_path, monkeypatch, change, message):
+    shutil.copytree(compared, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "plain")
+    monkeypatch.setattr(train_small, "train", None)
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as error:
+        main(["--resume", "--out", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+def test_compare_does_not_write_over_a_plain_run(compared, text, tmp_path):
+    shutil.copytree(compared / "plain", tmp_path / "plain")
+    with pytest.raises(SystemExit, match="plain' already holds a run"):
+        main(arguments(tmp_path, text, "--compare"))
+
+
+def test_ctrl_c_in_the_second_run(text, tmp_path, monkeypatch):
+    steps = iter(range(100))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match=r"after step 4: .*, with --out '[^']*(?<!plain)' --resume"),
+    ):
+        patch.setattr(train_small, "get_batch", lambda *a: (next(steps) == 11 + 4 and interrupt()) or get_batch(*a))
+        main(arguments(tmp_path, text, "--compare"))
+    assert checkpoint(tmp_path)["step"] == 10 and checkpoint(tmp_path / "plain")["step"] == 4
+    assert len(main(["--resume", "--out", str(tmp_path)])["plain"]["history"]) == 10
+
+
+@pytest.fixture(scope="module")
+def compared(text, tmp_path_factory):
+    """The folder of a run with its plain model."""
+    folder = tmp_path_factory.mktemp("compared") / "run"
+    main(arguments(folder, text, "--compare", "--steps", "2"))
+    return folder
+
+
+def edit(folder, **changes):
+    """Change some entries of a checkpoint."""
+    state = checkpoint(folder)
+    torch.save(
+        state | {k: state[k] | v if isinstance(v, dict) else v for k, v in changes.items()}, folder / "checkpoint.pt"
+    )
+
+
 def test_compare_trains_both_on_the_same_batches(text, tmp_path, monkeypatch, capsys):
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(train_small, "get_batch", lambda *a: seen.append(get_batch(*a)) or seen[-1])
         results = main(arguments(tmp_path, text, "--compare"))
-    assert all(torch.equal(a, b) for x, y in zip(seen[:10], seen[10:], strict=True) for a, b in zip(x, y, strict=True))
+    assert len(seen) == 22  # one more each, for whoever records the step
+    assert all(torch.equal(a, b) for x, y in zip(seen[:11], seen[11:], strict=True) for a, b in zip(x, y, strict=True))
     moda, plain = load_run(tmp_path)[0], load_run(tmp_path / "plain")[0]
     assert moda.config.depth_kv and not plain.config.depth_kv and not plain.config.ffn_kv
     assert results["plain"]["parameters"] == plain.num_params() < moda.num_params() == results["parameters"]
@@ -297,29 +396,15 @@ def test_compare_trains_both_on_the_same_batches(text, tmp_path, monkeypatch, ca
     assert table[1].split()[-1] == f"{results['plain']['val_bpb']:.4f}"
     again = main(["--resume", "--out", str(tmp_path / "plain")])  # by itself, without --compare
     assert again["val_loss"] == results["plain"]["val_loss"]
-    alone = main(arguments(tmp_path / "alone", text, settings="depth_kv=False ffn_kv=False"))
+    alone = main(arguments(tmp_path / "alone", text, "--no-depth-kv", "--no-ffn-kv"))
     assert alone["val_loss"] == results["plain"]["val_loss"] != results["val_loss"]
 
 
 def test_the_commit_is_that_of_git_and_else_named(tmp_path, monkeypatch):
     monkeypatch.setenv("COMMIT", "named")
-    assert (train_small.commit() == "named") == (not (ROOT / ".git").exists())
-    monkeypatch.setattr(train_small, "__file__", str(tmp_path / "copied.py"))
-    assert train_small.commit() == "named"
-
-
-def test_two_processes_agree_with_one(text, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(ROOT / "train_small.py"), *arguments(tmp_path / "two", text, settings="grad_accum=2")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    one = main(arguments(tmp_path / "one", text))
-    two = metrics(tmp_path / "two")
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one["history"]], rel=1e-5)
-    result = json.loads((tmp_path / "two" / "result.json").read_text())["MoDA"]
-    assert result["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
-    assert result["val_bpb"] == pytest.approx(one["val_bpb"], rel=1e-5)
-    assert list(checkpoint(tmp_path / "two")["model"]) == list(checkpoint(tmp_path / "one")["model"])
+    assert (environment.commit() == "named") == (not (ROOT / ".git").exists())
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "copied.py"))
+    assert environment.commit() == "named"
 
 
 def test_run_folders_are_numbered_and_never_overwritten(whole, text, tmp_path, monkeypatch):
@@ -329,10 +414,38 @@ def test_run_folders_are_numbered_and_never_overwritten(whole, text, tmp_path, m
         main(arguments(text, text))
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "tiny-2"):
-        assert train_small.choose_folder(None, "tiny", False) == Path("runs", name)
+        assert environment.choose_folder(None, "tiny", False) == Path("runs", name)
         shutil.copytree(whole[0], Path("runs", name))
-    assert train_small.choose_folder(None, "tiny", True) == Path("runs", "tiny-2")
-    assert train_small.choose_folder(None, "deep", False) == Path("runs", "deep")
+    assert environment.choose_folder(None, "tiny", True) == Path("runs", "tiny-2")
+    assert environment.choose_folder(None, "deep", False) == Path("runs", "deep")
+
+
+def test_a_rank_in_the_environment_has_no_effect(whole, text, tmp_path):
+    """It once trained, wrote nothing and ended as if all was well."""
+    command = [sys.executable, str(ROOT / "train_small.py"), *arguments(tmp_path, text, "--optimizer", whole[2])]
+    subprocess.run(command, check=True, env=os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert_same_run(whole[0], tmp_path)
+
+
+def test_checkpoint_and_compile_are_handed_on(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(FastMoDA, "compile_layers", lambda model: setattr(model, "was_compiled", True) or model)
+    losses = {}
+    for flag in ("--checkpoint", "--no-checkpoint", "--compile"):
+        run = train_small.prepare(parse(*arguments(tmp_path / flag, text, flag)))["MoDA"]
+        model, results = train_small.train(*run)
+        losses[flag] = [row["loss"] for row in results["history"]]
+        assert getattr(model, "checkpoint", False) == (flag == "--checkpoint")
+        assert hasattr(model, "was_compiled") == (flag == "--compile")
+    assert losses["--checkpoint"] == pytest.approx(losses["--no-checkpoint"], rel=1e-5)
+    assert losses["--compile"] == pytest.approx(losses["--no-checkpoint"], rel=1e-5)
+
+
+def test_micro_batches_train_like_whole_ones(text, tmp_path):
+    losses = [
+        [row["loss"] for row in main(arguments(tmp_path / n, text, "--grad-accum", n))["history"]]
+        for n in ("1", "2", "4")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -406,23 +519,30 @@ class Evil:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--set", "n_layers=3"], "the fields are .*warmup.*n_layer"),
-        (["--set", "n_layer"], "--set n_layer takes int, got ''"),
-        (["--set", "n_layer=two"], "--set n_layer takes int, got 'two'"),
-        (["--set", "qk_norm=1"], "--set qk_norm takes bool"),
-        (["--set", "top_k=few"], "--set top_k takes int or NoneType"),
-        (["--set", "n_kv_head=3"], "n_head .*n_kv_head"),
-        (["--set", "depth_kv=False"], "ffn_kv=True needs depth_kv=True"),
-        (["--set", "depth_kv=False", "--set", "ffn_kv=False", "--compare"], "--compare needs depth_kv"),
-        (["--set", "vocab_size=256"], "vocab_size must be at least 257"),
-        (["--set", "grad_accum=3"], "batch_size .* multiple"),
+        (["--n-layers", "3"], "there is no --n-layers: did you mean --n-layer\\?"),
+        (["--set", "n_layer=3"], "there is no --set, see --help"),
+        (["--batch", "3"], "there is no --batch: did you mean --batch-size\\?"),  # it is not taken for it
+        (["--n-layer"], "--n-layer: expected one argument"),
+        (["--n-layer", "two"], "--n-layer: invalid int value: 'two'"),
+        (["--qk-norm=1"], "--qk-norm.* '1'"),
+        (["--top-k", "few"], "--top-k: invalid int value"),
+        (["--steps", "none"], "--steps: invalid int value"),  # only what is optional takes none
+        (["--n-kv-head", "3"], "n_head .*n_kv_head"),
+        (["--no-depth-kv"], "ffn_kv, attn_kv and depth_window need depth_kv=True"),
+        (["--no-depth-kv", "--no-ffn-kv", "--compare"], "--compare needs depth_kv"),
+        (["--vocab-size", "256"], "vocab_size must be at least 257"),
+        (["--grad-accum", "3"], "batch_size .* multiple"),
+        (["--compile", "--checkpoint"], "exclude each other"),
         (["--steps", "0"], "steps must be above 0"),
         (["--lr", "nan"], "lr must be above 0"),
-        (["--set", "temperature=-1"], "temperature must not be negative"),
-        (["--set", "top_k=0"], "top_k must be None or at least 1"),
-        (["--set", "beta1=1.0"], "beta1 .* below 1"),
-        (["--seed", str(2**64)], "seed below"),
-        (["--set", "decay=2"], "decay is a share"),
+        (["--temperature=-1"], "temperature must be from 0 to 1000, got -1.0"),  # as `generate` would say at the end
+        (["--temperature", "1001"], "temperature must be"),
+        (["--temperature", "inf"], "temperature must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--top-k", "0"], "top_k must be none or at least 1"),
+        (["--beta1", "1"], "beta1 .* below 1"),
+        (["--seed", str(2**64)], "seed must be .* below"),
+        (["--decay", "2"], "decay must be a share"),
         (["--preset", "huge"], "preset must be one of tiny, deep"),
         (["--optimizer", "sgd"], "optimizer must be one of adamw, muon"),
         (["--tokenizer", "no such encoding"], "tiktoken cannot load"),
@@ -436,19 +556,90 @@ def test_bad_settings_are_one_sentence(text, tmp_path, more, message):
     assert str(error.value).startswith("error: ") and not (tmp_path / "out").exists()
 
 
-def test_settings_are_parsed_by_type():
-    assert parse_field("lr=1e-3") == ("lr", 1e-3) and parse_field("norm=pre") == ("norm", "pre")
-    assert parse_field("top_k=none") == ("top_k", None) and parse_field("depth_window=4") == ("depth_window", 4)
-    assert parse_field("depth_rope=false") == ("depth_rope", False) and parse_field("prompt=a=b") == ("prompt", "a=b")
-    assert parse_field("grad_clip=inf") == ("grad_clip", math.inf)
+# ------------------------------------------------------------------------------------ flags, keywords and results
 
 
-def test_help_names_every_setting(capsys):
+def parse(*argv, **keywords):
+    return environment.parse_arguments(train_small.PARSER, argv, keywords)
+
+
+def test_every_field_is_a_flag_and_a_keyword_of_its_type():
+    names = [field.name for config in train_small.GROUPS.values() for field in dataclasses.fields(config)]
+    assert len(names) == len(set(names)) and {"out", "steps", "n_layer"} < set(names)
+    for config in train_small.GROUPS.values():
+        for name, value in vars(config).items():
+            assert parse(**{name: value}) == {name: value} and type(parse(**{name: value})[name]) is type(value)
+    flags = "--lr 1e-3 --norm pre --top-k none --depth-window 4 --no-depth-rope --prompt=--x --grad-clip inf --compare"
+    given = {"lr": 1e-3, "norm": "pre", "top_k": None, "depth_window": 4, "depth_rope": False, "prompt": "--x"}
+    assert parse(*flags.split()) == given | {"grad_clip": math.inf, "compare": True}
+    assert parse() == {}  # so that a resumed run keeps what it has
+
+
+def test_help_says_what_every_setting_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as error:
         main(["--help"])
     out = capsys.readouterr().out
-    assert error.value.code == 0 and all(f"{name}=" in out for name in ("warmup", "depth_window"))
-    assert "--tokenizer TOKENIZER" in out and "--compare" in out
+    assert error.value.code == 0 and all(preset in out for preset in PRESETS)
+    for config in train_small.GROUPS.values():
+        for name, value in vars(config).items():
+            (line,) = re.findall(rf"^  --{name.replace('_', '-')}[, ].*", out, re.MULTILINE)
+            assert value == "" or line.endswith(f"({'none' if value is None else value})"), line
+            assert isinstance(config, MoDAConfig) or len(line.split("   ", 1)[1].split()) > 2, line
+
+
+def test_keywords_are_the_same_as_flags(whole, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])  # no business of main()
+    main(**keywords(tmp_path, text, optimizer=whole[2], compare=False, top_k=50))
+    assert_same_run(whole[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_layers": 3}, r"there is no n_layers: did you mean n_layer\?"),
+        ({"steps": 1e3}, "steps: invalid int value: '1000.0'"),
+        ({"steps": True}, "steps: expected one argument"),
+        ({"compile": None}, "compile.* 'none'"),
+        ({"temperature": math.inf}, "temperature must be from 0 to 1000"),
+        ({"resume": True}, "there is no run in"),
+    ],
+)
+def test_bad_keywords_are_one_sentence_in_pythons_words(text, tmp_path, settings, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        main(**keywords(tmp_path / "out", text, **settings))
+    assert "--" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_results_print_as_three_lines(whole):
+    results = train_small.Results(whole[1], plain=train_small.Results(whole[1]))
+    for shown in (repr(results), repr(results["plain"]), f"{whole[1]}"):
+        assert len(shown.splitlines()) == 3 and len(shown) < 300 and "sample" in shown
+        assert f"{results['val_bpb']:.4f}" in shown and f"{results['parameters']:,}" in shown
+    assert json.loads(json.dumps(results))["history"] == whole[1]["history"]
+
+
+def test_what_disappoints_is_said_before(capsys):
+    def hints(n_token, **settings):
+        train_small.print_hints(TrainConfig(**settings), n_token, 256)
+        return capsys.readouterr().out
+
+    assert hints(1_000_000) == ""
+    assert "never reaches lr = 0.003, it stops at 0.001" in hints(1_000_000, steps=100)
+    assert "never reaches" in hints(1_000_000, steps=200) and not hints(1_000_000, steps=200, warmup=50)
+    assert "reads this text 82 times" in hints(10_000)
+
+
+def test_every_model_has_its_colour(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_small.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    history = [{"tokens": i, "loss": 2.0, "val_loss": 2.0} for i in range(2)]
+    for labels in (["MoDA"], ["plain"], ["MoDA", "plain"], ["plain", "MoDA"]):
+        train_small.plot(tmp_path, dict.fromkeys(labels, history))
+        lines = drawn.pop().axes[0].lines
+        named = {line.get_label().split(":")[0]: line.get_color() for line in lines[1::2]}  # the others are pale
+        assert named == {label: {"plain": "#0072B2", "MoDA": "#D55E00"}[label] for label in labels}
+        assert [to_hex(line.get_color()) for line in lines[::2]] == [to_hex(line.get_color()) for line in lines[1::2]]
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -467,7 +658,7 @@ def test_muon_steps_like_pytorchs(rate):
     torch.manual_seed(0)
     ours = [torch.randn(8, 24, requires_grad=True), torch.randn(16, 8, requires_grad=True)]
     theirs = [w.detach().clone().requires_grad_() for w in ours]
-    muons = [train_small.Muon(ours, rate, 0.1), torch.optim.Muon(theirs, 1e-2, 0.1)]
+    muons = [Muon(ours, rate, 0.1), torch.optim.Muon(theirs, 1e-2, 0.1)]
     for _ in range(5):
         for w, v in zip(ours, theirs, strict=True):
             w.grad = v.grad = torch.randn_like(w)
