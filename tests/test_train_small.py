@@ -585,7 +585,7 @@ def test_help_says_what_every_setting_is(capsys, monkeypatch):
         for name, value in vars(config).items():
             (line,) = re.findall(rf"^  --{name.replace('_', '-')}[, ].*", out, re.MULTILINE)
             assert value == "" or line.endswith(f"({'none' if value is None else value})"), line
-            assert isinstance(config, MoDAConfig) or len(line.split("   ", 1)[1].split()) > 2, line
+            assert isinstance(config, MoDAConfig) or len(re.split("  +", line.strip())[1].split()) > 2, line
 
 
 def test_keywords_are_the_same_as_flags(whole, text, tmp_path, monkeypatch):
