@@ -36,7 +36,8 @@ from text import (  # noqa: F401
 )  # fmt: skip
 
 FORMAT = "moda train_small 1"  # changes when load_run can no longer read older checkpoints
-COLORS = {"plain": "#0072B2", "MoDA": "#D55E00"}  # blue and vermillion
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+COLORS = {"plain": BLUE, "MoDA": VERMILLION}  # wherever models are compared
 
 
 @dataclass(frozen=True)

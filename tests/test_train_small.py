@@ -54,6 +54,14 @@ def checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
+def edit(folder, **changes):
+    """Change some entries of a checkpoint."""
+    state = checkpoint(folder)
+    torch.save(
+        state | {k: state[k] | v if isinstance(v, dict) else v for k, v in changes.items()}, folder / "checkpoint.pt"
+    )
+
+
 def metrics(folder):
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in row if key not in ("seconds", "tokens_per_s")} for row in rows]
@@ -105,6 +113,14 @@ def whole(request, text, tmp_path_factory):
     """A run that nothing interrupts: its folder, its results and its optimizer."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, main(arguments(folder, text, "--optimizer", request.param)), request.param
+
+
+@pytest.fixture(scope="module")
+def compared(text, tmp_path_factory):
+    """The folder of a run with its plain model."""
+    folder = tmp_path_factory.mktemp("compared") / "run"
+    main(arguments(folder, text, "--compare", "--steps", "2"))
+    return folder
 
 
 @pytest.mark.gpu
@@ -335,6 +351,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tex
         (lambda folder: edit(folder, step=11), "plain' has done 11 steps"),
         (lambda folder: edit(folder, data={"sha256": ""}), "plain' began with another text"),
         (lambda folder: edit(folder, train_config={"seed": 5}), "plain' is not that of these settings"),
+        (lambda folder: edit(folder, model_config={"rope_theta": 5e3}), "plain' is not that of these settings"),
         (lambda folder: (shutil.rmtree(folder), folder.write_bytes(b"")), "plain' is a file"),
     ],
 )
@@ -363,22 +380,6 @@ def test_ctrl_c_in_the_second_run(text, tmp_path, monkeypatch):
         main(arguments(tmp_path, text, "--compare"))
     assert checkpoint(tmp_path)["step"] == 10 and checkpoint(tmp_path / "plain")["step"] == 4
     assert len(main(["--resume", "--out", str(tmp_path)])["plain"]["history"]) == 10
-
-
-@pytest.fixture(scope="module")
-def compared(text, tmp_path_factory):
-    """The folder of a run with its plain model."""
-    folder = tmp_path_factory.mktemp("compared") / "run"
-    main(arguments(folder, text, "--compare", "--steps", "2"))
-    return folder
-
-
-def edit(folder, **changes):
-    """Change some entries of a checkpoint."""
-    state = checkpoint(folder)
-    torch.save(
-        state | {k: state[k] | v if isinstance(v, dict) else v for k, v in changes.items()}, folder / "checkpoint.pt"
-    )
 
 
 def test_compare_trains_both_on_the_same_batches(text, tmp_path, monkeypatch, capsys):
@@ -473,6 +474,11 @@ def test_bad_data_is_one_sentence(tmp_path, content, message, folder):
     assert not (tmp_path / "out").exists()
 
 
+class Evil:
+    def __reduce__(self):
+        return EVIL.append, (1,)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "noise", "pickle", "tokenizer"])
 def test_bad_checkpoints_are_refused_and_kept(whole, tmp_path, damage):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
@@ -509,11 +515,6 @@ def test_a_run_of_another_version(whole, tmp_path, part, change):
         load_run(tmp_path)
     with pytest.raises(SystemExit, match="damaged or foreign"):
         main(["--resume", "--out", str(tmp_path)])
-
-
-class Evil:
-    def __reduce__(self):
-        return EVIL.append, (1,)
 
 
 @pytest.mark.parametrize(
