@@ -31,16 +31,16 @@ class MoDAConfig:
     Rows of the paper's Table 3: 1 is `plain(config)`, 3 is ffn_kv=False, 4 the default, 5 is attn_kv=True."""
 
     block_size: int  # longest sequence, in tokens
-    vocab_size: int
-    n_layer: int
-    n_head: int
+    vocab_size: int  # tokens that the model knows
+    n_layer: int  # layers, of an attention and an FFN each
+    n_head: int  # query heads; head_dim is n_embd // n_head
     n_kv_head: int  # grouped-query attention: n_head // n_kv_head query heads share one KV head
-    n_embd: int
+    n_embd: int  # width of the residual stream
     n_hidden: int | None = None  # width of the SwiGLU; None: 4 * n_embd
     norm: str = "post"  # "post": x = norm(x + f(x)), the paper's choice; "pre": x = x + f(norm(x))
     qk_norm: bool = True  # RMSNorm of every query and key head
-    bias: bool = False
-    rope_theta: float = 10_000.0
+    bias: bool = False  # of every linear layer
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
     depth_kv: bool = True  # queries also read earlier layers' slots; attention's slot is its own sequence K and V
     ffn_kv: bool = True  # the FFN writes a slot too, projected from its input
     attn_kv: bool = False  # attention's slot has a K, V projection of its own
