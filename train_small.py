@@ -61,7 +61,7 @@ class TrainConfig:
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient
     compile: bool = False  # by torch.compile: worth its half minute on a GPU, in long runs
-    checkpoint: bool = False  # compute each layer's inside again in the backward: less memory, a third more time
+    checkpoint: bool = False  # compute each layer's inside again in the backward: less memory, more time
     eval_every: int = 50  # steps from one validation loss to the next
     eval_tokens: int = 8192  # of the validation text, while training; at the end all of it counts
     save_every: int = 200  # steps from one checkpoint to the next
