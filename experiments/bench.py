@@ -25,12 +25,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
-from experiments.common import flops
+from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, flops
+from experiments.plots import plot_kernel, plot_scale, plot_train
 from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
 from moda import PRESETS, MoDAConfig
@@ -39,11 +38,6 @@ from train_small import commit
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
-TABLE_2 = [  # T, group, n_slot
-    *[(T, 8, 64) for T in (4096, 8192, 16384, 32768, 65536)],
-    *[(16384, group, 64) for group in (2, 4, 16, 32)],
-    *[(16384, 8, n_slot) for n_slot in (128, 256)],
-]
 median = statistics.median
 
 
@@ -222,7 +216,7 @@ def bench_kernel(args):
     print("ms, bf16, B=1, 8 KV heads, head_dim 64, forward / backward; flash and cuDNN: PyTorch's SDPA without depth")
     head = "T,G,slots,flash,cuDNN,MoDA triton,fused,torch,depth half,of copy bandwidth,flash / MoDA,extra / floor,error"
     rows = [head.split(",")]
-    for T, group, n_slot in TABLE_2:
+    for T, group, n_slot in PAPER_TABLE_2:
         times, error = kernel_setting(T, group, n_slot, args.reps if T <= 16384 else max(5, args.reps // 2))
         torch.cuda.empty_cache()
         m = {name: median(ms) for name, ms in times.items()}
@@ -251,16 +245,6 @@ def bench_kernel(args):
     result["ladder"] = ladder(args.reps)
     path = write("kernel", result)
     plot_kernel(result, path.with_suffix(".png"))
-
-
-LADDER = {"T": 1024, "group": 8, "n_slot": 64}  # the setting of Table 7
-PAPER_TABLE_7 = {"naive": 2128.9, "flash-compatible": 13.102, "chunk-aware": 6.286, "group-aware": 1.460}  # ms, A100
-PAPER_TABLE_2 = {  # ms on an A100, forward + backward: FlashAttention-2 without depth, MoDA
-    (4096, 8, 64): (7.970, 10.750), (8192, 8, 64): (28.700, 35.427), (16384, 8, 64): (116.700, 127.661),
-    (32768, 8, 64): (459.854, 480.914), (65536, 8, 64): (1831.668, 1883.026), (16384, 2, 64): (28.982, 39.741),
-    (16384, 4, 64): (58.071, 68.939), (16384, 16, 64): (233.700, 244.900), (16384, 32, 64): (467.107, 480.767),
-    (16384, 8, 128): (116.700, 138.224), (16384, 8, 256): (116.700, 167.958),
-}  # fmt: skip
 
 
 def naive(q, k, v, depth_k, depth_v):
@@ -339,46 +323,6 @@ def ladder(reps):
         rows.append([name, f"{median(ms):.3f}", f"{PAPER_TABLE_7.get(name, '-')}", f"{errors[name]:.1e}"])
     table(rows)
     return times
-
-
-def plot_kernel(result, path):
-    """Time relative to FlashAttention-2 without depth, ours and the paper's; and the ladder."""
-    fig = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = fig.subplots(1, 2, width_ratios=(2, 1))
-    labels, ours, cudnn, paper = [], [], [], []
-    for s in result["settings"]:
-        m = {name: median(ms) for name, ms in s["ms"].items()}
-        total = {name: m[f"{name} forward"] + m[f"{name} backward"] for name in ("flash", "cudnn", "triton")}
-        labels.append(f"{s['T'] // 1024}K\nG {s['group']}\n{s['n_slot']}")
-        ours.append(total["triton"] / total["flash"])
-        cudnn.append(total["cudnn"] / total["flash"])
-        flash_ms, moda_ms = PAPER_TABLE_2[s["T"], s["group"], s["n_slot"]]
-        paper.append(moda_ms / flash_ms)
-    x = range(len(labels))
-    left.axhline(1, color="#D22030", lw=1.5)
-    left.bar(x, ours, color="#E69F00", width=0.6, label="MoDA, here")
-    left.plot(x, cudnn, "_", color="#0072B2", ms=22, mew=2.5, label="cuDNN attention, no depth")
-    left.plot(x, paper, "D", color="#222222", mfc="white", ms=7, label="MoDA in the paper (A100)")
-    left.set_xticks(list(x), labels, fontsize=9)
-    left.set_xlabel("T / group / depth slots")
-    left.set_ylabel("time, forward + backward")
-    left.set_title("relative to FlashAttention-2 without depth (red)", loc="left", fontsize=11)
-    left.legend(frameon=False, ncols=3, loc="upper left", fontsize=9)
-    left.set_ylim(0, 1.2 * max(*ours, *paper))
-    names = list(result["ladder"])[::-1]
-    ms = [median(result["ladder"][name]) for name in names]
-    right.barh(names, ms, color="#E69F00", height=0.6)
-    right.set_xscale("log")
-    right.set_xlim(min(ms) / 2, max(ms) * 8)
-    for i, value in enumerate(ms):
-        right.text(value * 1.15, i, f"{value:.3g} ms", va="center", fontsize=9)
-    right.set_title("the ladder: T 1024, G 8, 64 slots", loc="left", fontsize=11)
-    right.set_xlabel("forward + backward, ms")
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(f"{result['machine']['gpu']}, bf16, B = 1, 8 KV heads, head_dim 64", fontsize=11)
-    fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT.parent)}")
 
 
 # --------------------------------------------------------------------------------------------------- bench.py train
@@ -536,59 +480,13 @@ def bench_train(args):
                          f"{measured['error']:.0e}"])  # fmt: skip
             print(*rows[-1], sep=" | ", flush=True)
         shapes[name] = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
-        write("train", {"shapes": {name: shapes[name] for name in SHAPES if name in shapes}})
+        shapes = {name: shapes[name] for name in SHAPES if name in shapes}
+        write("train", {"shapes": shapes})
         plot_train(shapes, path.with_suffix(".png"))
         del steps, step, model, plain
         torch.cuda.empty_cache()
     print()
     table(rows)
-
-
-def plot_train(results, path):
-    """Tokens per second relative to the plain model, beside what bytes and FLOPs allow; where the extra time goes."""
-    fig = Figure(figsize=(12, 4.4), layout="constrained")
-    left, right = fig.subplots(1, 2)
-    shapes, width = [name for name in SHAPES if name in results], 0.26
-    colors = {"row 3": "#E69F00", "row 4": "#009E73", "row 4, window 16": "#CC79A7"}
-    for i, (row, color) in enumerate(colors.items()):
-        for x, name in enumerate(shapes):
-            info = results[name]["rows"]
-            plain, ms = median(info[row]["beside_ms"]), median(info[row]["ms"])
-            at = x + (i - 1) * width
-            left.bar(at, plain / ms, width * 0.9, color=color, label=row if x == 0 else None)
-            left.text(at, plain / ms - 0.03, f"{plain / ms:.2f}", ha="center", va="top", color="#000000", fontsize=9)
-            floor = plain / (plain + info[row]["floor_ms"])
-            left.plot([at - width * 0.45, at + width * 0.45], [floor] * 2, color="#222222", lw=2,
-                      label="floor: bytes and FLOPs alone" if x == i == 0 else None)  # fmt: skip
-    left.axhline(1, color="#D22030", lw=1.5)
-    left.set_xticks(range(len(shapes)), shapes)
-    left.set_ylim(0, 1.3)
-    left.set_ylabel("tokens/s, of plain")
-    left.set_title("training speed relative to the plain model (red)", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
-    parts = {"depth forward": "#A6CEE3", "depth dq": "#56B4E9", "depth dk, dv": "#0072B2", "rest": "#CCCCCC"}
-    for x, name in enumerate(shapes):
-        info, bottom = results[name]["rows"], 0.0
-        plain = median(info["plain"]["ms"])
-        for part, color in parts.items():
-            ms = info["row 4"]["kernels_ms"][part] - info["plain"]["kernels_ms"][part]
-            label = "projections and everything else" if part == "rest" else part
-            right.bar(x, ms / plain, 0.5, bottom, color=color, label=label if x == 0 else None)
-            bottom += ms / plain
-        floor = info["row 4"]["floor_ms"] / plain
-        label = "floor: all but a second reading for dk, dv" if x == 0 else None
-        right.plot([x - 0.33, x + 0.33], [floor] * 2, color="#222222", lw=2, label=label)
-    right.set_xticks(range(len(shapes)), shapes)
-    right.yaxis.set_major_formatter(PercentFormatter(1))
-    right.set_title("row 4: extra GPU time, of the plain step", loc="left", fontsize=11)
-    handles, labels = right.get_legend_handles_labels()
-    right.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="upper left")  # in the order of the stack
-    right.set_ylim(0, 1.35 * right.get_ylim()[1])
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(f"{results[shapes[0]]['machine']['gpu']}, bf16, forward + backward", fontsize=11)
-    fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT.parent)}")
 
 
 def interleave_steps(steps, reps):
@@ -646,7 +544,6 @@ SWEEPS = {
     "T": [({"block_size": T}, 32_768 // T) for T in (512, 2048, 8192, 32_768)],
     "depth_window": [({"n_layer": 48, "depth_window": n}, 8) for n in (4, 16, 64, None)],
 }
-TITLES = {"n_layer": "T = 2048, B = 8", "T": "24 layers, 32,768 tokens", "depth_window": "48 layers, T = 2048, B = 8"}
 
 
 def scale_model(config, B, reps):
@@ -705,30 +602,6 @@ def bench_scale(args):
     print()
     table(rows)
     plot_scale(result, path.with_suffix(".png"))
-
-
-def plot_scale(result, path):
-    """Time of the plain model, and what depth adds to it, over n_layer, T and the window."""
-    fig = Figure(figsize=(12, 4), layout="constrained")
-    panels = fig.subplots(1, 3, sharey=True)
-    kinds = {"train": ("training step", "#0072B2"), "prefill": ("prefill", "#E69F00")}
-    for ax, (sweep, points) in zip(panels, result["sweeps"].items(), strict=True):
-        x = [point["value"] or 94 for point in points]  # no window: the last of 48 layers reads 94 slots
-        for kind, (label, color) in kinds.items():
-            plain = [median(point["plain"][kind]) for point in points]
-            extra = [median(point["row 4"][kind]) - ms for point, ms in zip(points, plain, strict=True)]
-            ax.plot(x, plain, "o--", color=color, mfc="white", label=f"{label}, plain")
-            ax.plot(x, extra, "o-", color=color, label=f"{label}, row 4 adds")
-        ax.set(xscale="log", yscale="log", xlabel=sweep)
-        ax.set_xticks(x, ["all" if point["value"] is None else f"{point['value']}" for point in points])
-        ax.set_xticks([], minor=True)
-        ax.set_title(TITLES[sweep], loc="left", fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms")
-    panels[0].legend(frameon=False, fontsize=9)
-    fig.suptitle(f"{result['machine']['gpu']}, bf16, 512 wide, 8 heads, 2 kv heads, not compiled", fontsize=11)
-    fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT.parent)}")
 
 
 def main():

@@ -6,20 +6,20 @@ from statistics import median
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import bench
+from experiments import plots
 
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
     """draw(name) -> the axes of the picture that bench.py makes of a committed measurement, and that measurement."""
-    committed, saved, save = bench.ROOT / "results", [], Figure.savefig
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    committed, saved, save = plots.ROOT / "results", [], Figure.savefig
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: (saved.append(self), save(self, path, **how)))
 
     def draw(name):
         result = json.loads((committed / f"{name}_h100-80gb-hbm3.json").read_text())
         result = result["shapes"] if name == "train" else result
-        getattr(bench, f"plot_{name}")(result, tmp_path / f"{name}.png")
+        getattr(plots, f"plot_{name}")(result, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").exists()
         return saved[0].axes, result
 
