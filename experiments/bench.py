@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
-from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, flops
+from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, flops, relative_error, row_config, train_step
 from experiments.plots import plot_kernel, plot_scale, plot_train
 from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
-from moda import PRESETS, MoDAConfig
+from moda import PRESETS, MoDAConfig, plain
 from sdpa import sequence_backward
-from train_small import commit
+from train_small import machine
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
@@ -44,16 +44,11 @@ median = statistics.median
 # ------------------------------------------------------------------------------------------------------- the tools
 
 
-def machine():
-    """What the numbers were measured on, and with which code."""
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": kernel.triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def this_gpu():
+    """What the numbers are measured on, with which code, and when."""
+    versions = {"triton": kernel.triton.__version__, "cudnn": torch.backends.cudnn.version()}
+    date = {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
+    return machine(torch.device("cuda")) | versions | date
 
 
 def interleave(variants, reps):
@@ -111,11 +106,14 @@ def write(name, result):
     return path
 
 
-def relative_error(x, ref):
-    return ((x.double() - ref).norm() / ref.norm()).item()
-
-
 # --------------------------------------------------------------------------------------------------- bench.py kernel
+
+
+def random_inputs(T, group, n_slot):
+    """[q, k, v, depth_k, depth_v] of Table 2 in bf16 on the GPU, leaves that require a gradient."""
+    kv = (1, N_KV_HEAD, T, HEAD_DIM)
+    shapes = [(1, N_KV_HEAD * group, T, HEAD_DIM), kv, kv, (n_slot, *kv), (n_slot, *kv)]
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
 
 
 def check(q, k, v, depth_k, depth_v, do, o, lse, grads):
@@ -144,22 +142,16 @@ def check(q, k, v, depth_k, depth_v, do, o, lse, grads):
 
 def kernel_setting(T, group, n_slot, reps):
     """All variants in one setting of Table 2, forward and backward: ({name: [ms]}, largest relative error)."""
+    q, k, v, depth_k, depth_v = everything = random_inputs(T, group, n_slot)
+    do = torch.randn_like(q)
 
-    def randn(*shape):
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    q, do = randn(1, N_KV_HEAD * group, T, HEAD_DIM).requires_grad_(), randn(1, N_KV_HEAD * group, T, HEAD_DIM)
-    k, v = (randn(1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    depth_k, depth_v = (randn(n_slot, 1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    everything = (q, k, v, depth_k, depth_v)
-
-    def plain(backend):
+    def without_depth(backend):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     forwards = {
-        "flash": lambda: plain(SDPBackend.FLASH_ATTENTION),
-        "cudnn": lambda: plain(SDPBackend.CUDNN_ATTENTION),
+        "flash": lambda: without_depth(SDPBackend.FLASH_ATTENTION),
+        "cudnn": lambda: without_depth(SDPBackend.CUDNN_ATTENTION),
         "triton": lambda: moda_attention(*everything, impl="triton"),
         "fused": lambda: moda_attention(*everything, impl="fused"),
     }
@@ -209,7 +201,7 @@ def depth_bytes(T, group, n_slot):
 
 
 def bench_kernel(args):
-    result = {"machine": machine(), "copy_TBps": 0.0, "matmul_TFLOPs": 0.0, "settings": [], "ladder": {}}
+    result = {"machine": this_gpu(), "copy_TBps": 0.0, "matmul_TFLOPs": 0.0, "settings": [], "ladder": {}}
     result["copy_TBps"], result["matmul_TFLOPs"] = ceilings()
     print(result["machine"])
     print(f"copy {result['copy_TBps']:.2f} TB/s, bf16 matmul {result['matmul_TFLOPs']:.0f} TFLOP/s")
@@ -288,16 +280,9 @@ def continued(q, k, v, depth_k, depth_v, do):
 def ladder(reps):
     """The paper's Table 7: the same numbers, computed less and less wastefully. Returns {rung: [ms]}."""
     T, group, n_slot = LADDER.values()
-
-    def randn(*shape):
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    q, do = randn(1, N_KV_HEAD * group, T, HEAD_DIM).requires_grad_(), randn(1, N_KV_HEAD * group, T, HEAD_DIM)
-    k, v = (randn(1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    depth_k, depth_v = (randn(n_slot, 1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    inputs = (q, k, v, depth_k, depth_v)
-    plain = [x.detach() for x in inputs]
-    per_head = [plain[0], *(x.repeat_interleave(group, dim=-3) for x in plain[1:])]  # every head with KV of its own
+    inputs = random_inputs(T, group, n_slot)
+    do, values = torch.randn_like(inputs[0]), [x.detach() for x in inputs]
+    per_head = [values[0], *(x.repeat_interleave(group, dim=-3) for x in values[1:])]  # every head with KV of its own
     own = torch.eye(T, dtype=torch.bool, device="cuda").repeat_interleave(n_slot, dim=1)  # (T, T * n_slot)
     mask = torch.cat([torch.ones(T, T, dtype=torch.bool, device="cuda").tril(), own], 1)
 
@@ -309,10 +294,10 @@ def ladder(reps):
         "naive": lambda: train(naive),
         "flash-compatible": lambda: train(flat, mask),
         "chunk-aware": lambda: tiled(*per_head, do, rows=64),  # 64 tokens of one head scan the columns of 64 tokens
-        "group-aware": lambda: tiled(*plain, do, rows=64),  # 8 tokens of 8 heads scan the columns of 8
-        "continued": lambda: continued(*plain, do),  # 2 tokens of 8 heads, after PyTorch's fused attention
+        "group-aware": lambda: tiled(*values, do, rows=64),  # 8 tokens of 8 heads scan the columns of 8
+        "continued": lambda: continued(*values, do),  # 2 tokens of 8 heads, after PyTorch's fused attention
     }
-    o_ref = moda_attention_reference(*(x.double() for x in plain))
+    o_ref = moda_attention_reference(*(x.double() for x in values))
     errors = {name: relative_error(fn()[0].detach(), o_ref) for name, fn in rungs.items()}
     if not max(errors.values()) <= 1e-2:  # bf16 logits in the naive loop
         raise SystemExit(f"wrong result in the ladder, not timed: {errors}")
@@ -334,13 +319,8 @@ SHAPES = {  # name: (config of row 4, B)
     "paper-48l": (replace(PRESETS["paper-48l"], vocab_size=4096), 64),
 }
 WHOLE = "plain, one graph"  # is that a better yardstick? In one shape only: 48 layers take minutes to compile so
-ROWS = {  # of the paper's Table 3, and section 6.2
-    "plain": {"depth_kv": False, "ffn_kv": False},
-    WHOLE: {"depth_kv": False, "ffn_kv": False},
-    "row 3": {"ffn_kv": False},
-    "row 4": {},
-    "row 4, window 16": {"depth_window": 16},
-}
+# as the results spell it: as common.ROWS does
+MODELS = {"plain": "plain", WHOLE: "plain", "row 3": "row3", "row 4": "row4", "row 4, window 16": "window16"}
 
 
 def train_floor(config, B, plain_rate, copy_rate):
@@ -350,10 +330,10 @@ def train_floor(config, B, plain_rate, copy_rate):
     slots: each reader reads K and V once forward and once backward, q, o, o' and q, o, do, dq, dq' beside them, and
     each slot's gradient is written once, at the measured copy bandwidth (byte/ms).
     """
-    T, plain = config.block_size, replace(config, **ROWS["plain"], depth_window=None)
+    T = config.block_size
     slots_read = [len(config.slot_names(layer)) for layer in range(config.n_layer)]
     attention = 4 * T * sum(slots_read) * config.n_embd
-    extra_flops = 3 * B * (flops(config, T) - flops(plain, T) - attention)
+    extra_flops = 3 * B * (flops(config, T) - flops(plain(config), T) - attention)
     slot = 2 * 2 * B * T * config.n_kv_head * config.head_dim  # bytes of a K and a V in bf16
     rows = 2 * B * T * config.n_embd
     n_written = sum(config.is_read(kind, layer) for kind in config.slot_kinds for layer in range(config.n_layer))
@@ -377,20 +357,6 @@ def kernel_times(step):
     return times
 
 
-def train_step(model):
-    """-> a function of idx, targets (B, T): forward and backward in bf16 autocast; returns the loss."""
-
-    def step(idx, targets):
-        for p in model.parameters():
-            p.grad = None
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(idx, targets)[1]
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
 def step_error(model, step, idx, targets):
     """Against the portable path of the same model: the loss, less its loss; the relative error of all gradients
     together. Both in bf16; and of the parameter that is worst in that, its error over that of the portable path plus
@@ -410,7 +376,7 @@ def step_error(model, step, idx, targets):
 def bench_train(args):
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # and do not time what was not compiled
     copy_TBps, matmul_TFLOPs = ceilings()
-    print(f"{machine()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
+    print(f"{this_gpu()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
     head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV"
     rows, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
@@ -420,11 +386,11 @@ def bench_train(args):
         T = row_4.block_size
         idx, targets = torch.randint(row_4.vocab_size, (2, B, T), device="cuda")
         steps, info = {}, {}
-        for row, changes in ROWS.items():
+        for row, name_of_row in MODELS.items():
             if row == WHOLE and name != next(iter(SHAPES)):
                 continue
             torch.manual_seed(0)
-            model = FastMoDA(replace(row_4, **changes)).cuda()
+            model = FastMoDA(row_config(name_of_row, row_4)).cuda()
             if row == WHOLE:
                 model.compile()
             else:
@@ -453,19 +419,19 @@ def bench_train(args):
             steps[row] = step
             checked = f"compiled and checked in {time.perf_counter() - began:.0f} s, worst gradient {worst:.2f}"
             print(f"{name} {row}: {checked}", flush=True)
-        plain = partial(record(steps["plain"], idx, targets), idx, targets)
+        replay_plain = partial(record(steps["plain"], idx, targets), idx, targets)
         info["plain"] |= {"ms": [], "beside_ms": []}
         for row, step in steps.items():
             if row != "plain":  # one after the other, each in turn with the plain model: together they fill the memory
                 replay = partial(record(step, idx, targets), idx, targets)
-                times = interleave_steps({"plain": plain, row: replay}, args.reps)
+                times = interleave_steps({"plain": replay_plain, row: replay}, args.reps)
                 info[row] |= {"ms": times[row], "beside_ms": times["plain"]}
                 info["plain"]["ms"] += times["plain"]
                 info["plain"]["beside_ms"] += times["plain"]
                 del replay  # and its memory
-        plain_rate = 3 * B * flops(replace(row_4, **ROWS["plain"]), T) / median(info["plain"]["ms"])
+        plain_rate = 3 * B * flops(plain(row_4), T) / median(info["plain"]["ms"])
         for row, measured in info.items():
-            config, ms, beside = replace(row_4, **ROWS[row]), measured["ms"], measured["beside_ms"]
+            config, ms, beside = row_config(MODELS[row], row_4), measured["ms"], measured["beside_ms"]
             floor = sum(train_floor(config, B, plain_rate, copy_TBps * 1e9))
             extra = median([a - b for a, b in zip(ms, beside, strict=True)])
             mfu = 3 * B * flops(config, T) / median(ms) / 1e9 / matmul_TFLOPs
@@ -479,11 +445,11 @@ def bench_train(args):
                          f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{measured['compile_s']:.0f}",
                          f"{measured['error']:.0e}"])  # fmt: skip
             print(*rows[-1], sep=" | ", flush=True)
-        shapes[name] = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
+        shapes[name] = {"machine": this_gpu(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
         shapes = {name: shapes[name] for name in SHAPES if name in shapes}
         write("train", {"shapes": shapes})
         plot_train(shapes, path.with_suffix(".png"))
-        del steps, step, model, plain
+        del steps, step, model, replay_plain
         torch.cuda.empty_cache()
     print()
     table(rows)
@@ -508,14 +474,14 @@ def interleave_steps(steps, reps):
 
 
 def bench_generate(args):
-    result = {"machine": machine(), "settings": []}
+    result = {"machine": this_gpu(), "settings": []}
     print(f"{result['machine']}\ncached greedy decoding in bf16, {args.tokens} tokens after a prompt of 64")
     rows = [["shape", "batch", "model", "tokens/s", "of plain", "GB"]]
     for name, B in ((name, B) for name in ("24l-512", "paper-48l") for B in (1, 32)):
         variants, peak = {}, {}
         for row in ("plain", "row 4"):
             torch.manual_seed(0)
-            model = FastMoDA(replace(SHAPES[name][0], **ROWS[row])).cuda()
+            model = FastMoDA(row_config(MODELS[row], SHAPES[name][0])).cuda()
             prompt = torch.randint(model.config.vocab_size, (B, 64), device="cuda")
             short = model.generate(prompt[:, :8], 8, temperature=0)
             if not torch.equal(short, model.generate(prompt[:, :8], 8, temperature=0, use_cache=False)):
@@ -573,7 +539,7 @@ def scale_model(config, B, reps):
 
 
 def bench_scale(args):
-    result = {"machine": machine(), "copy_TBps": ceilings()[0], "sweeps": {}}
+    result = {"machine": this_gpu(), "copy_TBps": ceilings()[0], "sweeps": {}}
     print(f"{result['machine']}\ncopy {result['copy_TBps']:.2f} TB/s; {SCALE}\nms of prefill (forward alone) and of a "
           "training step, bf16, not compiled, as CUDA graphs; GB of slots: what all readers read, once")  # fmt: skip
     head = "sweep,value,B,T,slots read,GB of slots,prefill plain,extra,extra / GB,training plain,extra,extra / GB"
@@ -582,7 +548,7 @@ def bench_scale(args):
         result["sweeps"][sweep] = []
         for changes, B in settings:
             row_4 = replace(SCALE, **changes)
-            plain = scale_model(replace(row_4, **ROWS["plain"], depth_window=None), B, args.reps)
+            base = scale_model(plain(row_4), B, args.reps)
             torch.cuda.empty_cache()
             moda = scale_model(row_4, B, args.reps)
             torch.cuda.empty_cache()
@@ -591,13 +557,13 @@ def bench_scale(args):
             value = [*changes.values()][-1]
             row = [sweep, str(value), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
             for kind in ("prefill", "train"):
-                base, extra = median(plain[kind]), median(moda[kind]) - median(plain[kind])
-                row += [f"{base:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
-            row += [f"{plain['GB']:.2f}", f"{moda['GB'] - plain['GB']:.2f}"]
-            rows.append([*row, f"{plain['parameters']:,}", f"{moda['parameters'] - plain['parameters']:,}"])
+                ms, extra = median(base[kind]), median(moda[kind]) - median(base[kind])
+                row += [f"{ms:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
+            row += [f"{base['GB']:.2f}", f"{moda['GB'] - base['GB']:.2f}"]
+            rows.append([*row, f"{base['parameters']:,}", f"{moda['parameters'] - base['parameters']:,}"])
             print(*rows[-1], sep=" | ", flush=True)
             point = {"value": value, "B": B, "slots_read": n_read, "slots_GB": slots_GB}
-            result["sweeps"][sweep].append(point | {"plain": plain, "row 4": moda})
+            result["sweeps"][sweep].append(point | {"plain": base, "row 4": moda})
         path = write("scale", result)
     print()
     table(rows)

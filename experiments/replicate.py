@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from experiments import texts
-from experiments.common import ROWS
+from experiments.common import ROWS, row_config
 from experiments.plots import plot
 from experiments.quality import (
     NAMES,
@@ -73,7 +73,7 @@ def cell_config(cell):
     if not match or match[3] not in ROWS:
         raise ValueError(f"{cell!r} is no cell: LAYERS-NORM-ROW, with the rows {', '.join(ROWS)}")
     row_4 = replace(PRESETS["paper-24l"], vocab_size=4096, n_layer=int(match[1]), norm=match[2])
-    config = replace(row_4, **ROWS[match[3]][1])
+    config = row_config(match[3], row_4)
     if match[3] == "wide":  # hidden units for the parameters of the FFN KV projections, in steps of 8
         extra = MoDA(row_4).num_params() - MoDA(config).num_params()
         per_unit = config.n_layer * (3 * config.n_embd + 2)

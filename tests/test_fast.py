@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import kernel
 import moda
 import slots
-from experiments.bench import train_step
+from experiments.common import train_step
 from fast import FastMoDA, PortableStream, record
 from moda import MoDA, MoDAConfig
 

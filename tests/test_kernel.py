@@ -742,9 +742,7 @@ def test_cuda_runs_the_kernels(monkeypatch):
 @pytest.mark.gpu
 def test_long_and_wide():
     """Offsets beyond 2**31 elements: T = 65536, 8 kv heads, 66 slots. Sampled rows against the equation."""
-    T = 65536
-    shapes = (1, 16, T, 64), (1, 8, T, 64), (1, 8, T, 64), (66, 1, 8, T, 64), (66, 1, 8, T, 64)
-    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
+    inputs = bench.random_inputs(65_536, group=2, n_slot=66)
     do = torch.randn_like(inputs[0])
     assert inputs[3].numel() > 2**31
     o, lse = moda_attention(*inputs, return_lse=True)
