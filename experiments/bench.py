@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
 from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, flops, relative_error, row_config, train_step
-from experiments.plots import plot_kernel, plot_scale, plot_train
+from experiments.plots import redraw
 from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
 from moda import PRESETS, MoDAConfig, plain
@@ -235,8 +235,7 @@ def bench_kernel(args):
     print()
     table(rows)
     result["ladder"] = ladder(args.reps)
-    path = write("kernel", result)
-    plot_kernel(result, path.with_suffix(".png"))
+    redraw(write("kernel", result))
 
 
 def naive(q, k, v, depth_k, depth_v):
@@ -447,8 +446,7 @@ def bench_train(args):
             print(*rows[-1], sep=" | ", flush=True)
         shapes[name] = {"machine": this_gpu(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
         shapes = {name: shapes[name] for name in SHAPES if name in shapes}
-        write("train", {"shapes": shapes})
-        plot_train(shapes, path.with_suffix(".png"))
+        redraw(write("train", {"shapes": shapes}))
         del steps, step, model, replay_plain
         torch.cuda.empty_cache()
     print()
@@ -567,7 +565,7 @@ def bench_scale(args):
         path = write("scale", result)
     print()
     table(rows)
-    plot_scale(result, path.with_suffix(".png"))
+    redraw(path)
 
 
 def main():

@@ -21,13 +21,12 @@ import json
 import re
 import statistics
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from experiments import texts
 from experiments.common import ROWS, row_config
-from experiments.plots import plot
+from experiments.plots import draw_quality, save
 from experiments.quality import (
     NAMES,
     WARMUP,
@@ -50,7 +49,6 @@ from train_small import (
     validation_windows,
 )
 
-ROOT = Path(__file__).parent
 AS_LONG_AS = {"longer": "row4", "longer3": "row3"}  # the rows that plain gets the time of
 BATCH = 16  # sequences of 512 tokens
 # the best for plain with 24 layers, of those in results/quality.md
@@ -254,9 +252,10 @@ the layers that read any; the first runs did not record it."""
         cells = [f"{line[n]:g}" if n in ("epochs", "lr") else str(line[n]) for n in names]
         text.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
     text.append(machines(lines))
-    (ROOT / "results" / "quality.md").write_text("\n".join(text) + "\n")
-    plot(groups, tried)
-    print("wrote results/quality.md and results/quality.png")
+    path = results_path("novels")
+    path.with_suffix(".md").write_text("\n".join(text) + "\n")
+    print("wrote results/quality.md")
+    save(draw_quality(lines), path.with_suffix(".png"))
 
 
 def main():

@@ -4,14 +4,12 @@ import json
 import lzma
 import random
 import shutil
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-from experiments import plots, quality, replicate, texts
+from experiments import quality, replicate, texts
 from experiments.common import ROWS
 from experiments.replicate import cell_config
 from moda import MoDA
@@ -24,8 +22,6 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "novels.txt").write_text("train Missing.txt")
     monkeypatch.setattr(texts, "ROOT", tmp_path)
-    monkeypatch.setattr(replicate, "ROOT", tmp_path)
-    monkeypatch.setattr(plots, "ROOT", tmp_path)
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.jsonl")
     monkeypatch.setattr(texts, "RUNS", tmp_path / "runs")
     words = random.Random(0).choices(
@@ -62,21 +58,6 @@ def test_the_best_setting_counts():
     assert [(x["lr"], x["seed"]) for x in best["plain"]] == [(1e-3, 0), (1e-3, 1)]  # by the mean, not by one lucky seed
     assert replicate.differences(best["row4"], best["plain"]) == [pytest.approx(-0.2)]
     assert replicate.at_same_setting(best["row4"], tried["plain"]) == [pytest.approx(-0.3)]
-
-
-def test_the_picture_shows_the_published_runs(monkeypatch):
-    saved, lines = [], replicate.finished()
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: saved.append(self))
-    groups, tried = replicate.best_runs(lines), replicate.tries(lines)
-    plots.plot(groups, tried)
-    curves, rates, muon, _ = saved[0].axes
-    assert len(curves.lines) == 1 + 2 * 2 * 3  # plain; two depths, two rows, three seeds
-    for n_layer in (24, 48):
-        rows = groups[n_layer, "post", "muon", 1]
-        mean = statistics.mean(replicate.differences(rows["row4"], rows["plain"]))
-        assert any(list(line.get_xdata()) == [mean] for line in muon.lines)
-        at_1e3 = tried[n_layer, "post", "muon", 1]["row4"][1e-3, 300][0]["val_loss"]
-        assert any((1e-3, at_1e3) in zip(*line.get_data(), strict=True) for line in rates.lines)
 
 
 def test_a_table_fills(place, monkeypatch, capsys):
