@@ -1,5 +1,5 @@
-"""Measurements. Each command prints its table and writes experiments/results/<command>_<gpu>.json with every repetition
-in it. From the root of the repository:
+"""Measurements of speed. Each command prints its table and writes experiments/results/COMMAND_GPU.json, with every
+repetition in it, and the picture of it (plots.py). From the root of the repository:
 
     python -m experiments.bench kernel    the operator against attention without depth, in the settings of the paper's
                                           Table 2, and the paper's Table 7, the ladder from naive loops to the kernel
@@ -83,21 +83,23 @@ def ceilings():
     return 4e-9 * a.numel() / median(times["copy"]), 2e-9 * 8192**3 / median(times["matmul"])
 
 
-def table(rows):
-    """Print rows of strings, the first one the header, in Markdown."""
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for i, row in enumerate(rows):
-        print("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, width, strict=True)) + " |", flush=True)
+def print_table(lines):
+    """Print lines of cells (strings), the first line the header, in Markdown."""
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for i, line in enumerate(lines):
+        print("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, width, strict=True)) + " |", flush=True)
         if i == 0:
             print("|" + "|".join("-" * (w + 1) + ":" for w in width) + "|")
 
 
 def result_path(name):
+    """results/NAME_GPU.json, of this GPU."""
     gpu = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name().removeprefix("NVIDIA ")).lower()
     return ROOT / "results" / f"{name}_{gpu}.json"
 
 
-def write(name, result):
+def write_result(name, result):
+    """Write results/NAME_GPU.json, numbers to five digits -> its path."""
     path = result_path(name)
     path.parent.mkdir(exist_ok=True)
     numbers = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
@@ -116,9 +118,9 @@ def random_inputs(T, group, n_slot):
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
 
 
-def check(q, k, v, depth_k, depth_v, do, o, lse, grads):
-    """Compare sampled query rows (o, lse, dq, and the depth gradients, which belong to one row each) and sampled keys
-    (dk, dv) with the equation in float64. Returns the largest relative error."""
+def largest_error(q, k, v, depth_k, depth_v, do, o, lse, grads):
+    """Largest relative error of an output and its gradients, against the equation in float64. Sampled: of o, lse, dq
+    and the slots' gradients six tokens, as each belongs to one; of dk and dv two keys."""
     dq, dk, dv, ddepth_k, ddepth_v = grads
     T, group, scale, errors = q.shape[2], q.shape[1] // k.shape[1], HEAD_DIM**-0.5, []
     for t in [*torch.randint(T, (4,)).tolist(), 0, T - 1]:
@@ -141,7 +143,7 @@ def check(q, k, v, depth_k, depth_v, do, o, lse, grads):
 
 
 def kernel_setting(T, group, n_slot, reps):
-    """All variants in one setting of Table 2, forward and backward: ({name: [ms]}, largest relative error)."""
+    """All variants in one setting of Table 2, forward and backward -> {name: [ms] * reps}, largest relative error."""
     q, k, v, depth_k, depth_v = everything = random_inputs(T, group, n_slot)
     do = torch.randn_like(q)
 
@@ -161,7 +163,7 @@ def kernel_setting(T, group, n_slot, reps):
     # correct first
     o, lse = moda_attention(*everything, impl="triton", return_lse=True)
     grads = torch.autograd.grad(o, everything, do)
-    error = check(*(x.detach() for x in everything), do, o.detach(), lse, grads)
+    error = largest_error(*(x.detach() for x in everything), do, o.detach(), lse, grads)
     o_fused, lse_fused = moda_attention(*everything, impl="fused", return_lse=True)
     error = max(error, relative_error(o_fused, o.double()), relative_error(lse_fused, lse.double()))
     if not error <= 5e-3:
@@ -195,9 +197,9 @@ def kernel_setting(T, group, n_slot, reps):
 
 def depth_bytes(T, group, n_slot):
     """Fewest bytes the depth half can move, forward and backward: each tensor it needs once, each it makes once."""
-    rows, slots = 2 * T * N_KV_HEAD * group * HEAD_DIM, 2 * T * N_KV_HEAD * n_slot * HEAD_DIM  # bf16
+    q, slots = 2 * T * N_KV_HEAD * group * HEAD_DIM, 2 * T * N_KV_HEAD * n_slot * HEAD_DIM  # bytes in bf16
     lse = 4 * T * N_KV_HEAD * group
-    return 2 * slots + 3 * rows + 2 * lse, 4 * slots + 5 * rows + lse  # q, o, o'; q, o, do, dq, dq'
+    return 2 * slots + 3 * q + 2 * lse, 4 * slots + 5 * q + lse  # q, o, o'; q, o, do, dq, dq'
 
 
 def bench_kernel(args):
@@ -207,7 +209,7 @@ def bench_kernel(args):
     print(f"copy {result['copy_TBps']:.2f} TB/s, bf16 matmul {result['matmul_TFLOPs']:.0f} TFLOP/s")
     print("ms, bf16, B=1, 8 KV heads, head_dim 64, forward / backward; flash and cuDNN: PyTorch's SDPA without depth")
     head = "T,G,slots,flash,cuDNN,MoDA triton,fused,torch,depth half,of copy bandwidth,flash / MoDA,extra / floor,error"
-    rows = [head.split(",")]
+    lines = [head.split(",")]
     for T, group, n_slot in PAPER_TABLE_2:
         times, error = kernel_setting(T, group, n_slot, args.reps if T <= 16384 else max(5, args.reps // 2))
         torch.cuda.empty_cache()
@@ -225,17 +227,17 @@ def bench_kernel(args):
         def both(name, m=m):
             return f"{m[f'{name} forward']:.2f} / {m[f'{name} backward']:.2f}" if f"{name} forward" in m else "-"
 
-        rows.append([str(T), str(group), str(n_slot), both("flash"), both("cudnn"), both("triton"),
+        lines.append([str(T), str(group), str(n_slot), both("flash"), both("cudnn"), both("triton"),
                      f"{m['fused forward']:.2f}", both("torch"), both("depth"), f"{share[0]:.0%} / {share[1]:.0%}",
                      f"{speed:.2f}", f"{extra / floor:.2f} ({best})", f"{error:.1e}"])  # fmt: skip
-        print(*rows[-1], sep=" | ", flush=True)
+        print(*lines[-1], sep=" | ", flush=True)
         result["settings"].append({"T": T, "group": group, "n_slot": n_slot, "error": error, "floor_ms": floor,
                                    "extra_ms": extra, "flash_over_moda": speed, "depth_share_of_copy": share,
                                    "ms": times})  # fmt: skip
     print()
-    table(rows)
+    print_table(lines)
     result["ladder"] = ladder(args.reps)
-    redraw(write("kernel", result))
+    redraw(write_result("kernel", result))
 
 
 def naive(q, k, v, depth_k, depth_v):
@@ -277,7 +279,7 @@ def continued(q, k, v, depth_k, depth_v, do):
 
 
 def ladder(reps):
-    """The paper's Table 7: the same numbers, computed less and less wastefully. Returns {rung: [ms]}."""
+    """The paper's Table 7: the same numbers, computed less and less wastefully -> {rung: [ms] * reps}."""
     T, group, n_slot = LADDER.values()
     inputs = random_inputs(T, group, n_slot)
     do, values = torch.randn_like(inputs[0]), [x.detach() for x in inputs]
@@ -302,10 +304,10 @@ def ladder(reps):
         raise SystemExit(f"wrong result in the ladder, not timed: {errors}")
     times = interleave({"naive": rungs.pop("naive")}, 3) | interleave(rungs, reps)
     print(f"\nthe ladder of Table 7: forward + backward, T={T}, G={group}, {n_slot} slots")
-    rows = [["", "ms", "paper, A100", "error of o"]]
+    lines = [["", "ms", "paper, A100", "error of o"]]
     for name, ms in times.items():
-        rows.append([name, f"{median(ms):.3f}", f"{PAPER_TABLE_7.get(name, '-')}", f"{errors[name]:.1e}"])
-    table(rows)
+        lines.append([name, f"{median(ms):.3f}", f"{PAPER_TABLE_7.get(name, '-')}", f"{errors[name]:.1e}"])
+    print_table(lines)
     return times
 
 
@@ -333,15 +335,14 @@ def train_floor(config, B, plain_rate, copy_rate):
     slots_read = [len(config.slot_names(layer)) for layer in range(config.n_layer)]
     attention = 4 * T * sum(slots_read) * config.n_embd
     extra_flops = 3 * B * (flops(config, T) - flops(plain(config), T) - attention)
-    slot = 2 * 2 * B * T * config.n_kv_head * config.head_dim  # bytes of a K and a V in bf16
-    rows = 2 * B * T * config.n_embd
+    slot, q = 2 * 2 * B * T * config.n_kv_head * config.head_dim, 2 * B * T * config.n_embd  # bytes in bf16
     n_written = sum(config.is_read(kind, layer) for kind in config.slot_kinds for layer in range(config.n_layer))
-    n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * rows * sum(n > 0 for n in slots_read)
+    n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * q * sum(n > 0 for n in slots_read)
     return extra_flops / plain_rate, n_bytes / copy_rate
 
 
 def kernel_times(step):
-    """GPU milliseconds of one step by kind: our depth kernels, all others."""
+    """GPU milliseconds of one step by kind -> {"depth forward", "depth dq", "depth dk, dv", "rest"}."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -378,7 +379,7 @@ def bench_train(args):
     print(f"{this_gpu()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
     head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV"
-    rows, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
+    lines, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
     shapes = json.loads(path.read_text())["shapes"] if path.exists() else {}  # those that this call does not measure
     for name in args.shape or SHAPES:
         row_4, B = SHAPES[name]
@@ -438,19 +439,19 @@ def bench_train(args):
             peak, split = measured["peak_GB"], [f"{part:.1f}" for part in measured["kernels_ms"].values()]
             # what is no depth kernel and not there without the FFN's slots: their projection, norm, rotation, writing
             ffn_kv = measured["kernels_ms"]["rest"] - info["row 3"]["kernels_ms"]["rest"] if config.ffn_kv else 0.0
-            rows.append([name, row, f"{median(ms):.1f}", f"{B * T / median(ms) * 1000:,.0f}",
+            lines.append([name, row, f"{median(ms):.1f}", f"{B * T / median(ms) * 1000:,.0f}",
                          f"{median(beside) / median(ms):.3f}", f"{extra:.1f}", f"{floor:.1f}",
                          f"{extra / floor:.2f}" if floor else "-", *split, f"{ffn_kv:.1f}", f"{peak:.1f}",
                          f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{measured['compile_s']:.0f}",
                          f"{measured['error']:.0e}"])  # fmt: skip
-            print(*rows[-1], sep=" | ", flush=True)
+            print(*lines[-1], sep=" | ", flush=True)
         shapes[name] = {"machine": this_gpu(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
         shapes = {name: shapes[name] for name in SHAPES if name in shapes}
-        redraw(write("train", {"shapes": shapes}))
+        redraw(write_result("train", {"shapes": shapes}))
         del steps, step, model, replay_plain
         torch.cuda.empty_cache()
     print()
-    table(rows)
+    print_table(lines)
 
 
 def interleave_steps(steps, reps):
@@ -474,7 +475,7 @@ def interleave_steps(steps, reps):
 def bench_generate(args):
     result = {"machine": this_gpu(), "settings": []}
     print(f"{result['machine']}\ncached greedy decoding in bf16, {args.tokens} tokens after a prompt of 64")
-    rows = [["shape", "batch", "model", "tokens/s", "of plain", "GB"]]
+    lines = [["shape", "batch", "model", "tokens/s", "of plain", "GB"]]
     for name, B in ((name, B) for name in ("24l-512", "paper-48l") for B in (1, 32)):
         variants, peak = {}, {}
         for row in ("plain", "row 4"):
@@ -494,12 +495,12 @@ def bench_generate(args):
         for row, ms in times.items():
             ratio = median([a / b for a, b in zip(times["plain"], ms, strict=True)])
             speed = B * args.tokens / median(ms) * 1000
-            rows.append([name, str(B), row, f"{speed:,.0f}", f"{ratio:.2f}", f"{peak[row]:.2f}"])
-            print(*rows[-1], sep=" | ", flush=True)
+            lines.append([name, str(B), row, f"{speed:,.0f}", f"{ratio:.2f}", f"{peak[row]:.2f}"])
+            print(*lines[-1], sep=" | ", flush=True)
         result["settings"].append({"shape": name, "B": B, "tokens": args.tokens, "ms": times, "peak_GB": peak})
     print()
-    table(rows)
-    write("generate", result)
+    print_table(lines)
+    write_result("generate", result)
 
 
 SCALE = MoDAConfig(2048, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512)
@@ -541,7 +542,7 @@ def bench_scale(args):
     print(f"{result['machine']}\ncopy {result['copy_TBps']:.2f} TB/s; {SCALE}\nms of prefill (forward alone) and of a "
           "training step, bf16, not compiled, as CUDA graphs; GB of slots: what all readers read, once")  # fmt: skip
     head = "sweep,value,B,T,slots read,GB of slots,prefill plain,extra,extra / GB,training plain,extra,extra / GB"
-    rows = [(head + ",memory plain,extra,parameters plain,extra").split(",")]
+    lines = [(head + ",memory plain,extra,parameters plain,extra").split(",")]
     for sweep, settings in SWEEPS.items():
         result["sweeps"][sweep] = []
         for changes, B in settings:
@@ -553,18 +554,18 @@ def bench_scale(args):
             n_read = sum(len(row_4.slot_names(layer)) for layer in range(row_4.n_layer))
             slots_GB = 4e-9 * n_read * B * row_4.block_size * row_4.n_kv_head * row_4.head_dim  # K and V, bf16
             value = [*changes.values()][-1]
-            row = [sweep, str(value), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
+            line = [sweep, str(value), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
             for kind in ("prefill", "train"):
                 ms, extra = median(base[kind]), median(moda[kind]) - median(base[kind])
-                row += [f"{ms:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
-            row += [f"{base['GB']:.2f}", f"{moda['GB'] - base['GB']:.2f}"]
-            rows.append([*row, f"{base['parameters']:,}", f"{moda['parameters'] - base['parameters']:,}"])
-            print(*rows[-1], sep=" | ", flush=True)
+                line += [f"{ms:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
+            line += [f"{base['GB']:.2f}", f"{moda['GB'] - base['GB']:.2f}"]
+            lines.append([*line, f"{base['parameters']:,}", f"{moda['parameters'] - base['parameters']:,}"])
+            print(*lines[-1], sep=" | ", flush=True)
             point = {"value": value, "B": B, "slots_read": n_read, "slots_GB": slots_GB}
             result["sweeps"][sweep].append(point | {"plain": base, "row 4": moda})
-        path = write("scale", result)
+        path = write_result("scale", result)
     print()
-    table(rows)
+    print_table(lines)
     redraw(path)
 
 

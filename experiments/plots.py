@@ -17,7 +17,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from experiments.common import PAPER_TABLE_2, PAPER_TABLE_7, ROWS
 from experiments.quality import (
-    NAMES,
+    OPTIMIZERS,
     WARMUP,
     at_same_setting,
     best_runs,
@@ -254,7 +254,7 @@ def draw_quality(lines):
                 entries.append((f"{row} ({len(delta)})", row, delta, paper))
         if entries:
             panels.setdefault(optimizer, []).extend([(heading,), *entries])
-    panels = {optimizer: panels[optimizer] for optimizer in NAMES if optimizer in panels}
+    panels = {optimizer: panels[optimizer] for optimizer in OPTIMIZERS if optimizer in panels}
     figure = Figure(figsize=(12, 9), layout="constrained")
     columns = figure.add_gridspec(1, 2)
     above, below = (figure.add_subplot(cell) for cell in columns[0].subgridspec(2, 1))
@@ -267,7 +267,7 @@ def draw_quality(lines):
         if group == most:
             draw_curves(above, n_layer, by_row)
             lowest = min(lowest, draw_rates(below, n_layer, by_row))
-    where = f"{NAMES[most[1]]}, {most[0]}-norm"
+    where = f"{OPTIMIZERS[most[1]]}, {most[0]}-norm"
     above.axhline(0, color=BASELINE, lw=1.5, label="plain")
     above.set(xlabel="training tokens (millions)", ylabel="nats per token, minus plain")
     titled(above, f"{where}: validation loss (a sample), mean and range over seeds")
@@ -282,7 +282,7 @@ def draw_quality(lines):
     for i, (optimizer, entries) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[i])
         draw_differences(axes, entries)
-        titled(axes, f"{NAMES[optimizer]}: loss at the end, minus plain (pairs)")
+        titled(axes, f"{OPTIMIZERS[optimizer]}: loss at the end, minus plain (pairs)")
         axes.set_xlabel("nats per token; diamonds: the paper" if i == len(panels) - 1 else None)
     return figure
 

@@ -4,15 +4,16 @@ import json
 import statistics
 from pathlib import Path
 
-from experiments.common import PAPER
+from experiments.common import PAPER_TABLE_6
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "quality.jsonl"
-NAMES = {"muon": "Muon", "adamw": "AdamW"}  # the optimizers
+OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}  # and how they are spelled
 WARMUP = 300  # steps
 
 
 def results_path(text):
+    """The file with the runs on a text of texts.TEXTS."""
     return RESULTS if text == "novels" else RESULTS.with_stem(f"{RESULTS.stem}_{text}")
 
 
@@ -28,6 +29,7 @@ def finished(text="novels"):
 
 
 def spread(values):
+    """Mean ± standard deviation, as text."""
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
@@ -66,10 +68,13 @@ def differences(runs, plain):
 
 
 def at_same_setting(runs, plain):
-    """The same, for runs of one learning rate and warmup; plain: {(lr, warmup): {seed: line}}."""
+    """The same, for runs of one learning rate and warmup, to plain at it; plain: {(lr, warmup): {seed: line}}."""
     return differences(runs, plain.get((runs[0]["lr"], runs[0]["warmup"]), {}).values())
 
 
 def paper_difference(n_layer, norm, row, epochs=1):
-    paper = dict(zip(("plain", "row3", "row4"), PAPER.get((n_layer, norm), ()) if epochs == 1 else (), strict=False))
+    """The paper's loss of this row minus that of plain, in nats per token (Table 6), or None."""
+    paper = dict(
+        zip(("plain", "row3", "row4"), PAPER_TABLE_6.get((n_layer, norm), ()) if epochs == 1 else (), strict=False)
+    )
     return paper[row] - paper["plain"] if row in paper and row != "plain" else None

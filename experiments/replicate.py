@@ -28,7 +28,7 @@ from experiments import texts
 from experiments.common import ROWS, row_config
 from experiments.plots import draw_quality, save
 from experiments.quality import (
-    NAMES,
+    OPTIMIZERS,
     WARMUP,
     at_same_setting,
     best_runs,
@@ -187,7 +187,7 @@ have shared the GPU."""
     ]
     names = "budget|row||lr|warmup|of|seeds|tokens (millions)|nats/token|bits/byte|minus plain|tokens/s"
     for heading, same in itertools.groupby(sorted(groups), key=lambda group: group[:3]):
-        page += [f"\n## {heading[0]} layers, {heading[1]}-norm, {NAMES[heading[2]]}\n"]
+        page += [f"\n## {heading[0]} layers, {heading[1]}-norm, {OPTIMIZERS[heading[2]]}\n"]
         page += [f"|{names}|", "|--:|---|---|" + "--:|" * (names.count("|") - 2)]
         for group, row in ((group, row) for group in same for row in ROWS if row in groups[group]):
             runs, delta = groups[group][row], differences(groups[group][row], groups[group].get("plain", []))
@@ -204,7 +204,7 @@ have shared the GPU."""
 
 def report_novels(lines):
     groups, tried = best_runs(lines), tries(lines)
-    text = [
+    page = [
         """# Quality: does depth KV lower the loss?
 
 Written by `python -m experiments.replicate report` from quality.jsonl. Loss in nats per token and bits per byte of
@@ -218,8 +218,10 @@ the layers that read any; the first runs did not record it."""
     ]
     for group, rows in sorted(groups.items()):
         n_layer, norm, optimizer, epochs = group
-        text += [f"\n## {n_layer} layers, {norm}-norm, {NAMES[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
-        text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
+        page += [
+            f"\n## {n_layer} layers, {norm}-norm, {OPTIMIZERS[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"
+        ]
+        page += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
             runs, paper = rows[row], paper_difference(n_layer, norm, row, epochs)
             delta = differences(runs, rows.get("plain", []))
@@ -234,26 +236,26 @@ the layers that read any; the first runs did not record it."""
             ]
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
             cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
-            text.append(f"| {' | '.join(cells)} |")
-    text += ["\n## Minus plain at the same learning rate, warmup and seed\n"]
-    text += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
+            page.append(f"| {' | '.join(cells)} |")
+    page += ["\n## Minus plain at the same learning rate, warmup and seed\n"]
+    page += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
     for group, rows in sorted(tried.items()):
         for setting, plain in sorted(rows.get("plain", {}).items()):
             at_this = {row: rows[row][setting].values() for row in ("row3", "row4") if setting in rows.get(row, {})}
             delta = {row: differences(runs, plain.values()) for row, runs in at_this.items()}
             if any(delta.values()):
-                settings = [f"{x:g}" if isinstance(x, float) else NAMES.get(x, str(x)) for x in (*group, *setting)]
+                settings = [f"{x:g}" if isinstance(x, float) else OPTIMIZERS.get(x, str(x)) for x in (*group, *setting)]
                 cells = [f"{spread(d)} ({len(d)})" if (d := delta.get(row)) else "" for row in ("row3", "row4")]
                 losses = spread([line["val_loss"] for line in plain.values()])
-                text.append(f"| {' | '.join([*settings, losses, *cells])} |")
+                page.append(f"| {' | '.join([*settings, losses, *cells])} |")
     names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
-    text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
+    page += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
         cells = [f"{line[n]:g}" if n in ("epochs", "lr") else str(line[n]) for n in names]
-        text.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
-    text.append(machines(lines))
+        page.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
+    page.append(machines(lines))
     path = results_path("novels")
-    path.with_suffix(".md").write_text("\n".join(text) + "\n")
+    path.with_suffix(".md").write_text("\n".join(page) + "\n")
     print("wrote results/quality.md")
     save(draw_quality(lines), path.with_suffix(".png"))
 
@@ -268,7 +270,10 @@ def main():
     parser.add_argument("--epochs", type=float, help="novels: passes over the 16 million tokens (default: 1)")
     parser.add_argument("--tokens", type=float, help="other texts: millions of tokens, read once (default: all)")
     parser.add_argument(
-        "--optimizer", choices=NAMES, default="muon", help="muon (default): of the hidden matrices; AdamW does the rest"
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="muon",
+        help="muon (default): of the hidden matrices; AdamW does the rest",
     )
     parser.add_argument("--lr", type=float, help=f"to search for it (default: {LR})")
     parser.add_argument("--warmup", type=int, default=WARMUP, help="steps (default: %(default)s)")

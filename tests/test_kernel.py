@@ -747,7 +747,7 @@ def test_long_and_wide():
     assert inputs[3].numel() > 2**31
     o, lse = moda_attention(*inputs, return_lse=True)
     grads = torch.autograd.grad(o, inputs, do)
-    assert bench.check(*(x.detach() for x in inputs), do, o.detach(), lse, grads) <= TOLERANCE[torch.bfloat16]
+    assert bench.largest_error(*(x.detach() for x in inputs), do, o.detach(), lse, grads) <= TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
