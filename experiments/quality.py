@@ -6,8 +6,7 @@ from pathlib import Path
 
 from experiments.common import PAPER_TABLE_6
 
-ROOT = Path(__file__).parent
-RESULTS = ROOT / "results" / "quality.jsonl"
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}  # and how they are spelled
 WARMUP = 300  # steps
 
