@@ -607,8 +607,9 @@ def test_autocast(impl, device):
     with torch.autocast(device, half):
         o = moda_attention(*inputs, impl=impl)
         mixed = moda_attention(inputs[0], *rounded[1:], impl=impl)
+        lists = moda_attention(*inputs[:3], [*inputs[3]], [*inputs[4]], impl=impl)
     assert o.dtype == half
-    assert torch.equal(o, want) and torch.equal(mixed, want)
+    assert torch.equal(o, want) and torch.equal(mixed, want) and torch.equal(lists, want)
     want_grads = torch.autograd.grad(want.sum(), rounded)
     for grad, want_grad in zip(torch.autograd.grad(o.sum(), inputs), want_grads, strict=True):
         assert grad.dtype == torch.float32
