@@ -85,8 +85,8 @@ def moda_attention_reference(q, k, v, depth_k=None, depth_v=None, *, causal=True
 
 def _check(q, k, v, depth_k, depth_v, causal):
     """One sentence for whoever passed the wrong tensor (ValueError): the kernels read memory without asking."""
-    if (depth_k is None) != (depth_v is None):
-        raise ValueError("depth_k and depth_v go together: pass both or neither")
+    if (depth_k is None, isinstance(depth_k, list)) != (depth_v is None, isinstance(depth_v, list)):
+        raise ValueError("depth_k and depth_v go together: pass two tensors, two lists or neither")
     named = {"q": q, "k": k, "v": v}
     for name, slots in {"depth_k": depth_k, "depth_v": depth_v}.items():
         if slots is not None:

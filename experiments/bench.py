@@ -1,5 +1,5 @@
-"""Measurements. Each command prints its table and writes experiments/results/<command>_<gpu>.json with every repetition
-in it. From the root of the repository:
+"""Measurements of speed. Each command prints its table and writes experiments/results/COMMAND_GPU.json, with every
+repetition in it, and the picture of it (plots.py). From the root of the repository:
 
     python -m experiments.bench kernel    the operator against attention without depth, in the settings of the paper's
                                           Table 2, and the paper's Table 7, the ladder from naive loops to the kernel
@@ -25,41 +25,30 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
-from experiments.common import flops
+from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, flops, relative_error, row_config, train_step
+from experiments.plots import redraw
 from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
-from moda import PRESETS, MoDAConfig
+from moda import PRESETS, MoDAConfig, plain
 from sdpa import sequence_backward
-from train_small import commit
+from train_small import machine
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
-TABLE_2 = [  # T, group, n_slot
-    *[(T, 8, 64) for T in (4096, 8192, 16384, 32768, 65536)],
-    *[(16384, group, 64) for group in (2, 4, 16, 32)],
-    *[(16384, 8, n_slot) for n_slot in (128, 256)],
-]
 median = statistics.median
 
 
 # ------------------------------------------------------------------------------------------------------- the tools
 
 
-def machine():
-    """What the numbers were measured on, and with which code."""
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": kernel.triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def this_gpu():
+    """What the numbers are measured on, with which code, and when."""
+    versions = {"triton": kernel.triton.__version__, "cudnn": torch.backends.cudnn.version()}
+    date = {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
+    return machine(torch.device("cuda")) | versions | date
 
 
 def interleave(variants, reps):
@@ -94,21 +83,23 @@ def ceilings():
     return 4e-9 * a.numel() / median(times["copy"]), 2e-9 * 8192**3 / median(times["matmul"])
 
 
-def table(rows):
-    """Print rows of strings, the first one the header, in Markdown."""
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for i, row in enumerate(rows):
-        print("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, width, strict=True)) + " |", flush=True)
+def print_table(lines):
+    """Print lines of cells (strings), the first line the header, in Markdown."""
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for i, line in enumerate(lines):
+        print("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, width, strict=True)) + " |", flush=True)
         if i == 0:
             print("|" + "|".join("-" * (w + 1) + ":" for w in width) + "|")
 
 
 def result_path(name):
+    """results/NAME_GPU.json, of this GPU."""
     gpu = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name().removeprefix("NVIDIA ")).lower()
     return ROOT / "results" / f"{name}_{gpu}.json"
 
 
-def write(name, result):
+def write_result(name, result):
+    """Write results/NAME_GPU.json, numbers to five digits -> its path."""
     path = result_path(name)
     path.parent.mkdir(exist_ok=True)
     numbers = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.5g}"))
@@ -117,16 +108,19 @@ def write(name, result):
     return path
 
 
-def relative_error(x, ref):
-    return ((x.double() - ref).norm() / ref.norm()).item()
-
-
 # --------------------------------------------------------------------------------------------------- bench.py kernel
 
 
-def check(q, k, v, depth_k, depth_v, do, o, lse, grads):
-    """Compare sampled query rows (o, lse, dq, and the depth gradients, which belong to one row each) and sampled keys
-    (dk, dv) with the equation in float64. Returns the largest relative error."""
+def random_inputs(T, group, n_slot):
+    """[q, k, v, depth_k, depth_v] of Table 2 in bf16 on the GPU, leaves that require a gradient."""
+    kv = (1, N_KV_HEAD, T, HEAD_DIM)
+    shapes = [(1, N_KV_HEAD * group, T, HEAD_DIM), kv, kv, (n_slot, *kv), (n_slot, *kv)]
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+
+
+def largest_error(q, k, v, depth_k, depth_v, do, o, lse, grads):
+    """Largest relative error of an output and its gradients, against the equation in float64. Sampled: of o, lse, dq
+    and the slots' gradients six tokens, as each belongs to one; of dk and dv two keys."""
     dq, dk, dv, ddepth_k, ddepth_v = grads
     T, group, scale, errors = q.shape[2], q.shape[1] // k.shape[1], HEAD_DIM**-0.5, []
     for t in [*torch.randint(T, (4,)).tolist(), 0, T - 1]:
@@ -149,23 +143,17 @@ def check(q, k, v, depth_k, depth_v, do, o, lse, grads):
 
 
 def kernel_setting(T, group, n_slot, reps):
-    """All variants in one setting of Table 2, forward and backward: ({name: [ms]}, largest relative error)."""
+    """All variants in one setting of Table 2, forward and backward -> {name: [ms] * reps}, largest relative error."""
+    q, k, v, depth_k, depth_v = everything = random_inputs(T, group, n_slot)
+    do = torch.randn_like(q)
 
-    def randn(*shape):
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    q, do = randn(1, N_KV_HEAD * group, T, HEAD_DIM).requires_grad_(), randn(1, N_KV_HEAD * group, T, HEAD_DIM)
-    k, v = (randn(1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    depth_k, depth_v = (randn(n_slot, 1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    everything = (q, k, v, depth_k, depth_v)
-
-    def plain(backend):
+    def without_depth(backend):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     forwards = {
-        "flash": lambda: plain(SDPBackend.FLASH_ATTENTION),
-        "cudnn": lambda: plain(SDPBackend.CUDNN_ATTENTION),
+        "flash": lambda: without_depth(SDPBackend.FLASH_ATTENTION),
+        "cudnn": lambda: without_depth(SDPBackend.CUDNN_ATTENTION),
         "triton": lambda: moda_attention(*everything, impl="triton"),
         "fused": lambda: moda_attention(*everything, impl="fused"),
     }
@@ -175,7 +163,7 @@ def kernel_setting(T, group, n_slot, reps):
     # correct first
     o, lse = moda_attention(*everything, impl="triton", return_lse=True)
     grads = torch.autograd.grad(o, everything, do)
-    error = check(*(x.detach() for x in everything), do, o.detach(), lse, grads)
+    error = largest_error(*(x.detach() for x in everything), do, o.detach(), lse, grads)
     o_fused, lse_fused = moda_attention(*everything, impl="fused", return_lse=True)
     error = max(error, relative_error(o_fused, o.double()), relative_error(lse_fused, lse.double()))
     if not error <= 5e-3:
@@ -209,20 +197,20 @@ def kernel_setting(T, group, n_slot, reps):
 
 def depth_bytes(T, group, n_slot):
     """Fewest bytes the depth half can move, forward and backward: each tensor it needs once, each it makes once."""
-    rows, slots = 2 * T * N_KV_HEAD * group * HEAD_DIM, 2 * T * N_KV_HEAD * n_slot * HEAD_DIM  # bf16
+    q, slots = 2 * T * N_KV_HEAD * group * HEAD_DIM, 2 * T * N_KV_HEAD * n_slot * HEAD_DIM  # bytes in bf16
     lse = 4 * T * N_KV_HEAD * group
-    return 2 * slots + 3 * rows + 2 * lse, 4 * slots + 5 * rows + lse  # q, o, o'; q, o, do, dq, dq'
+    return 2 * slots + 3 * q + 2 * lse, 4 * slots + 5 * q + lse  # q, o, o'; q, o, do, dq, dq'
 
 
 def bench_kernel(args):
-    result = {"machine": machine(), "copy_TBps": 0.0, "matmul_TFLOPs": 0.0, "settings": [], "ladder": {}}
+    result = {"machine": this_gpu(), "copy_TBps": 0.0, "matmul_TFLOPs": 0.0, "settings": [], "ladder": {}}
     result["copy_TBps"], result["matmul_TFLOPs"] = ceilings()
     print(result["machine"])
     print(f"copy {result['copy_TBps']:.2f} TB/s, bf16 matmul {result['matmul_TFLOPs']:.0f} TFLOP/s")
     print("ms, bf16, B=1, 8 KV heads, head_dim 64, forward / backward; flash and cuDNN: PyTorch's SDPA without depth")
     head = "T,G,slots,flash,cuDNN,MoDA triton,fused,torch,depth half,of copy bandwidth,flash / MoDA,extra / floor,error"
-    rows = [head.split(",")]
-    for T, group, n_slot in TABLE_2:
+    lines = [head.split(",")]
+    for T, group, n_slot in PAPER_TABLE_2:
         times, error = kernel_setting(T, group, n_slot, args.reps if T <= 16384 else max(5, args.reps // 2))
         torch.cuda.empty_cache()
         m = {name: median(ms) for name, ms in times.items()}
@@ -239,28 +227,17 @@ def bench_kernel(args):
         def both(name, m=m):
             return f"{m[f'{name} forward']:.2f} / {m[f'{name} backward']:.2f}" if f"{name} forward" in m else "-"
 
-        rows.append([str(T), str(group), str(n_slot), both("flash"), both("cudnn"), both("triton"),
+        lines.append([str(T), str(group), str(n_slot), both("flash"), both("cudnn"), both("triton"),
                      f"{m['fused forward']:.2f}", both("torch"), both("depth"), f"{share[0]:.0%} / {share[1]:.0%}",
                      f"{speed:.2f}", f"{extra / floor:.2f} ({best})", f"{error:.1e}"])  # fmt: skip
-        print(*rows[-1], sep=" | ", flush=True)
+        print(*lines[-1], sep=" | ", flush=True)
         result["settings"].append({"T": T, "group": group, "n_slot": n_slot, "error": error, "floor_ms": floor,
                                    "extra_ms": extra, "flash_over_moda": speed, "depth_share_of_copy": share,
                                    "ms": times})  # fmt: skip
     print()
-    table(rows)
+    print_table(lines)
     result["ladder"] = ladder(args.reps)
-    path = write("kernel", result)
-    plot_kernel(result, path.with_suffix(".png"))
-
-
-LADDER = {"T": 1024, "group": 8, "n_slot": 64}  # the setting of Table 7
-PAPER_TABLE_7 = {"naive": 2128.9, "flash-compatible": 13.102, "chunk-aware": 6.286, "group-aware": 1.460}  # ms, A100
-PAPER_TABLE_2 = {  # ms on an A100, forward + backward: FlashAttention-2 without depth, MoDA
-    (4096, 8, 64): (7.970, 10.750), (8192, 8, 64): (28.700, 35.427), (16384, 8, 64): (116.700, 127.661),
-    (32768, 8, 64): (459.854, 480.914), (65536, 8, 64): (1831.668, 1883.026), (16384, 2, 64): (28.982, 39.741),
-    (16384, 4, 64): (58.071, 68.939), (16384, 16, 64): (233.700, 244.900), (16384, 32, 64): (467.107, 480.767),
-    (16384, 8, 128): (116.700, 138.224), (16384, 8, 256): (116.700, 167.958),
-}  # fmt: skip
+    redraw(write_result("kernel", result))
 
 
 def naive(q, k, v, depth_k, depth_v):
@@ -302,18 +279,11 @@ def continued(q, k, v, depth_k, depth_v, do):
 
 
 def ladder(reps):
-    """The paper's Table 7: the same numbers, computed less and less wastefully. Returns {rung: [ms]}."""
+    """The paper's Table 7: the same numbers, computed less and less wastefully -> {rung: [ms] * reps}."""
     T, group, n_slot = LADDER.values()
-
-    def randn(*shape):
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    q, do = randn(1, N_KV_HEAD * group, T, HEAD_DIM).requires_grad_(), randn(1, N_KV_HEAD * group, T, HEAD_DIM)
-    k, v = (randn(1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    depth_k, depth_v = (randn(n_slot, 1, N_KV_HEAD, T, HEAD_DIM).requires_grad_() for _ in range(2))
-    inputs = (q, k, v, depth_k, depth_v)
-    plain = [x.detach() for x in inputs]
-    per_head = [plain[0], *(x.repeat_interleave(group, dim=-3) for x in plain[1:])]  # every head with KV of its own
+    inputs = random_inputs(T, group, n_slot)
+    do, values = torch.randn_like(inputs[0]), [x.detach() for x in inputs]
+    per_head = [values[0], *(x.repeat_interleave(group, dim=-3) for x in values[1:])]  # every head with KV of its own
     own = torch.eye(T, dtype=torch.bool, device="cuda").repeat_interleave(n_slot, dim=1)  # (T, T * n_slot)
     mask = torch.cat([torch.ones(T, T, dtype=torch.bool, device="cuda").tril(), own], 1)
 
@@ -325,60 +295,20 @@ def ladder(reps):
         "naive": lambda: train(naive),
         "flash-compatible": lambda: train(flat, mask),
         "chunk-aware": lambda: tiled(*per_head, do, rows=64),  # 64 tokens of one head scan the columns of 64 tokens
-        "group-aware": lambda: tiled(*plain, do, rows=64),  # 8 tokens of 8 heads scan the columns of 8
-        "continued": lambda: continued(*plain, do),  # 2 tokens of 8 heads, after PyTorch's fused attention
+        "group-aware": lambda: tiled(*values, do, rows=64),  # 8 tokens of 8 heads scan the columns of 8
+        "continued": lambda: continued(*values, do),  # 2 tokens of 8 heads, after PyTorch's fused attention
     }
-    o_ref = moda_attention_reference(*(x.double() for x in plain))
+    o_ref = moda_attention_reference(*(x.double() for x in values))
     errors = {name: relative_error(fn()[0].detach(), o_ref) for name, fn in rungs.items()}
     if not max(errors.values()) <= 1e-2:  # bf16 logits in the naive loop
         raise SystemExit(f"wrong result in the ladder, not timed: {errors}")
     times = interleave({"naive": rungs.pop("naive")}, 3) | interleave(rungs, reps)
     print(f"\nthe ladder of Table 7: forward + backward, T={T}, G={group}, {n_slot} slots")
-    rows = [["", "ms", "paper, A100", "error of o"]]
+    lines = [["", "ms", "paper, A100", "error of o"]]
     for name, ms in times.items():
-        rows.append([name, f"{median(ms):.3f}", f"{PAPER_TABLE_7.get(name, '-')}", f"{errors[name]:.1e}"])
-    table(rows)
+        lines.append([name, f"{median(ms):.3f}", f"{PAPER_TABLE_7.get(name, '-')}", f"{errors[name]:.1e}"])
+    print_table(lines)
     return times
-
-
-def plot_kernel(result, path):
-    """Time relative to FlashAttention-2 without depth, ours and the paper's; and the ladder."""
-    fig = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = fig.subplots(1, 2, width_ratios=(2, 1))
-    labels, ours, cudnn, paper = [], [], [], []
-    for s in result["settings"]:
-        m = {name: median(ms) for name, ms in s["ms"].items()}
-        total = {name: m[f"{name} forward"] + m[f"{name} backward"] for name in ("flash", "cudnn", "triton")}
-        labels.append(f"{s['T'] // 1024}K\nG {s['group']}\n{s['n_slot']}")
-        ours.append(total["triton"] / total["flash"])
-        cudnn.append(total["cudnn"] / total["flash"])
-        flash_ms, moda_ms = PAPER_TABLE_2[s["T"], s["group"], s["n_slot"]]
-        paper.append(moda_ms / flash_ms)
-    x = range(len(labels))
-    left.axhline(1, color="#D22030", lw=1.5)
-    left.bar(x, ours, color="#E69F00", width=0.6, label="MoDA, here")
-    left.plot(x, cudnn, "_", color="#0072B2", ms=22, mew=2.5, label="cuDNN attention, no depth")
-    left.plot(x, paper, "D", color="#222222", mfc="white", ms=7, label="MoDA in the paper (A100)")
-    left.set_xticks(list(x), labels, fontsize=9)
-    left.set_xlabel("T / group / depth slots")
-    left.set_ylabel("time, forward + backward")
-    left.set_title("relative to FlashAttention-2 without depth (red)", loc="left", fontsize=11)
-    left.legend(frameon=False, ncols=3, loc="upper left", fontsize=9)
-    left.set_ylim(0, 1.2 * max(*ours, *paper))
-    names = list(result["ladder"])[::-1]
-    ms = [median(result["ladder"][name]) for name in names]
-    right.barh(names, ms, color="#E69F00", height=0.6)
-    right.set_xscale("log")
-    right.set_xlim(min(ms) / 2, max(ms) * 8)
-    for i, value in enumerate(ms):
-        right.text(value * 1.15, i, f"{value:.3g} ms", va="center", fontsize=9)
-    right.set_title("the ladder: T 1024, G 8, 64 slots", loc="left", fontsize=11)
-    right.set_xlabel("forward + backward, ms")
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(f"{result['machine']['gpu']}, bf16, B = 1, 8 KV heads, head_dim 64", fontsize=11)
-    fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT.parent)}")
 
 
 # --------------------------------------------------------------------------------------------------- bench.py train
@@ -390,13 +320,8 @@ SHAPES = {  # name: (config of row 4, B)
     "paper-48l": (replace(PRESETS["paper-48l"], vocab_size=4096), 64),
 }
 WHOLE = "plain, one graph"  # is that a better yardstick? In one shape only: 48 layers take minutes to compile so
-ROWS = {  # of the paper's Table 3, and section 6.2
-    "plain": {"depth_kv": False, "ffn_kv": False},
-    WHOLE: {"depth_kv": False, "ffn_kv": False},
-    "row 3": {"ffn_kv": False},
-    "row 4": {},
-    "row 4, window 16": {"depth_window": 16},
-}
+# as the results spell it: as common.ROWS does
+MODELS = {"plain": "plain", WHOLE: "plain", "row 3": "row3", "row 4": "row4", "row 4, window 16": "window16"}
 
 
 def train_floor(config, B, plain_rate, copy_rate):
@@ -406,19 +331,18 @@ def train_floor(config, B, plain_rate, copy_rate):
     slots: each reader reads K and V once forward and once backward, q, o, o' and q, o, do, dq, dq' beside them, and
     each slot's gradient is written once, at the measured copy bandwidth (byte/ms).
     """
-    T, plain = config.block_size, replace(config, **ROWS["plain"], depth_window=None)
+    T = config.block_size
     slots_read = [len(config.slot_names(layer)) for layer in range(config.n_layer)]
     attention = 4 * T * sum(slots_read) * config.n_embd
-    extra_flops = 3 * B * (flops(config, T) - flops(plain, T) - attention)
-    slot = 2 * 2 * B * T * config.n_kv_head * config.head_dim  # bytes of a K and a V in bf16
-    rows = 2 * B * T * config.n_embd
+    extra_flops = 3 * B * (flops(config, T) - flops(plain(config), T) - attention)
+    slot, q = 2 * 2 * B * T * config.n_kv_head * config.head_dim, 2 * B * T * config.n_embd  # bytes in bf16
     n_written = sum(config.is_read(kind, layer) for kind in config.slot_kinds for layer in range(config.n_layer))
-    n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * rows * sum(n > 0 for n in slots_read)
+    n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * q * sum(n > 0 for n in slots_read)
     return extra_flops / plain_rate, n_bytes / copy_rate
 
 
 def kernel_times(step):
-    """GPU milliseconds of one step by kind: our depth kernels, all others."""
+    """GPU milliseconds of one step by kind -> {"depth forward", "depth dq", "depth dk, dv", "rest"}."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -431,20 +355,6 @@ def kernel_times(step):
     for event in profile.key_averages():
         times[kinds.get(event.key, "rest")] += event.self_device_time_total / 1000
     return times
-
-
-def train_step(model):
-    """-> a function of idx, targets (B, T): forward and backward in bf16 autocast; returns the loss."""
-
-    def step(idx, targets):
-        for p in model.parameters():
-            p.grad = None
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(idx, targets)[1]
-        loss.backward()
-        return loss.detach()
-
-    return step
 
 
 def step_error(model, step, idx, targets):
@@ -466,21 +376,21 @@ def step_error(model, step, idx, targets):
 def bench_train(args):
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # and do not time what was not compiled
     copy_TBps, matmul_TFLOPs = ceilings()
-    print(f"{machine()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
+    print(f"{this_gpu()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
     head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV"
-    rows, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
+    lines, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
     shapes = json.loads(path.read_text())["shapes"] if path.exists() else {}  # those that this call does not measure
     for name in args.shape or SHAPES:
         row_4, B = SHAPES[name]
         T = row_4.block_size
         idx, targets = torch.randint(row_4.vocab_size, (2, B, T), device="cuda")
         steps, info = {}, {}
-        for row, changes in ROWS.items():
+        for row, name_of_row in MODELS.items():
             if row == WHOLE and name != next(iter(SHAPES)):
                 continue
             torch.manual_seed(0)
-            model = FastMoDA(replace(row_4, **changes)).cuda()
+            model = FastMoDA(row_config(name_of_row, row_4)).cuda()
             if row == WHOLE:
                 model.compile()
             else:
@@ -509,19 +419,19 @@ def bench_train(args):
             steps[row] = step
             checked = f"compiled and checked in {time.perf_counter() - began:.0f} s, worst gradient {worst:.2f}"
             print(f"{name} {row}: {checked}", flush=True)
-        plain = partial(record(steps["plain"], idx, targets), idx, targets)
+        replay_plain = partial(record(steps["plain"], idx, targets), idx, targets)
         info["plain"] |= {"ms": [], "beside_ms": []}
         for row, step in steps.items():
             if row != "plain":  # one after the other, each in turn with the plain model: together they fill the memory
                 replay = partial(record(step, idx, targets), idx, targets)
-                times = interleave_steps({"plain": plain, row: replay}, args.reps)
+                times = interleave_steps({"plain": replay_plain, row: replay}, args.reps)
                 info[row] |= {"ms": times[row], "beside_ms": times["plain"]}
                 info["plain"]["ms"] += times["plain"]
                 info["plain"]["beside_ms"] += times["plain"]
                 del replay  # and its memory
-        plain_rate = 3 * B * flops(replace(row_4, **ROWS["plain"]), T) / median(info["plain"]["ms"])
+        plain_rate = 3 * B * flops(plain(row_4), T) / median(info["plain"]["ms"])
         for row, measured in info.items():
-            config, ms, beside = replace(row_4, **ROWS[row]), measured["ms"], measured["beside_ms"]
+            config, ms, beside = row_config(MODELS[row], row_4), measured["ms"], measured["beside_ms"]
             floor = sum(train_floor(config, B, plain_rate, copy_TBps * 1e9))
             extra = median([a - b for a, b in zip(ms, beside, strict=True)])
             mfu = 3 * B * flops(config, T) / median(ms) / 1e9 / matmul_TFLOPs
@@ -529,66 +439,19 @@ def bench_train(args):
             peak, split = measured["peak_GB"], [f"{part:.1f}" for part in measured["kernels_ms"].values()]
             # what is no depth kernel and not there without the FFN's slots: their projection, norm, rotation, writing
             ffn_kv = measured["kernels_ms"]["rest"] - info["row 3"]["kernels_ms"]["rest"] if config.ffn_kv else 0.0
-            rows.append([name, row, f"{median(ms):.1f}", f"{B * T / median(ms) * 1000:,.0f}",
+            lines.append([name, row, f"{median(ms):.1f}", f"{B * T / median(ms) * 1000:,.0f}",
                          f"{median(beside) / median(ms):.3f}", f"{extra:.1f}", f"{floor:.1f}",
                          f"{extra / floor:.2f}" if floor else "-", *split, f"{ffn_kv:.1f}", f"{peak:.1f}",
                          f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{measured['compile_s']:.0f}",
                          f"{measured['error']:.0e}"])  # fmt: skip
-            print(*rows[-1], sep=" | ", flush=True)
-        shapes[name] = {"machine": machine(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
-        write("train", {"shapes": {name: shapes[name] for name in SHAPES if name in shapes}})
-        plot_train(shapes, path.with_suffix(".png"))
-        del steps, step, model, plain
+            print(*lines[-1], sep=" | ", flush=True)
+        shapes[name] = {"machine": this_gpu(), "copy_TBps": copy_TBps, "matmul_TFLOPs": matmul_TFLOPs, "rows": info}
+        shapes = {name: shapes[name] for name in SHAPES if name in shapes}
+        redraw(write_result("train", {"shapes": shapes}))
+        del steps, step, model, replay_plain
         torch.cuda.empty_cache()
     print()
-    table(rows)
-
-
-def plot_train(results, path):
-    """Tokens per second relative to the plain model, beside what bytes and FLOPs allow; where the extra time goes."""
-    fig = Figure(figsize=(12, 4.4), layout="constrained")
-    left, right = fig.subplots(1, 2)
-    shapes, width = [name for name in SHAPES if name in results], 0.26
-    colors = {"row 3": "#E69F00", "row 4": "#009E73", "row 4, window 16": "#CC79A7"}
-    for i, (row, color) in enumerate(colors.items()):
-        for x, name in enumerate(shapes):
-            info = results[name]["rows"]
-            plain, ms = median(info[row]["beside_ms"]), median(info[row]["ms"])
-            at = x + (i - 1) * width
-            left.bar(at, plain / ms, width * 0.9, color=color, label=row if x == 0 else None)
-            left.text(at, plain / ms - 0.03, f"{plain / ms:.2f}", ha="center", va="top", color="#000000", fontsize=9)
-            floor = plain / (plain + info[row]["floor_ms"])
-            left.plot([at - width * 0.45, at + width * 0.45], [floor] * 2, color="#222222", lw=2,
-                      label="floor: bytes and FLOPs alone" if x == i == 0 else None)  # fmt: skip
-    left.axhline(1, color="#D22030", lw=1.5)
-    left.set_xticks(range(len(shapes)), shapes)
-    left.set_ylim(0, 1.3)
-    left.set_ylabel("tokens/s, of plain")
-    left.set_title("training speed relative to the plain model (red)", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
-    parts = {"depth forward": "#A6CEE3", "depth dq": "#56B4E9", "depth dk, dv": "#0072B2", "rest": "#CCCCCC"}
-    for x, name in enumerate(shapes):
-        info, bottom = results[name]["rows"], 0.0
-        plain = median(info["plain"]["ms"])
-        for part, color in parts.items():
-            ms = info["row 4"]["kernels_ms"][part] - info["plain"]["kernels_ms"][part]
-            label = "projections and everything else" if part == "rest" else part
-            right.bar(x, ms / plain, 0.5, bottom, color=color, label=label if x == 0 else None)
-            bottom += ms / plain
-        floor = info["row 4"]["floor_ms"] / plain
-        label = "floor: all but a second reading for dk, dv" if x == 0 else None
-        right.plot([x - 0.33, x + 0.33], [floor] * 2, color="#222222", lw=2, label=label)
-    right.set_xticks(range(len(shapes)), shapes)
-    right.yaxis.set_major_formatter(PercentFormatter(1))
-    right.set_title("row 4: extra GPU time, of the plain step", loc="left", fontsize=11)
-    handles, labels = right.get_legend_handles_labels()
-    right.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="upper left")  # in the order of the stack
-    right.set_ylim(0, 1.35 * right.get_ylim()[1])
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(f"{results[shapes[0]]['machine']['gpu']}, bf16, forward + backward", fontsize=11)
-    fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT.parent)}")
+    print_table(lines)
 
 
 def interleave_steps(steps, reps):
@@ -610,14 +473,14 @@ def interleave_steps(steps, reps):
 
 
 def bench_generate(args):
-    result = {"machine": machine(), "settings": []}
+    result = {"machine": this_gpu(), "settings": []}
     print(f"{result['machine']}\ncached greedy decoding in bf16, {args.tokens} tokens after a prompt of 64")
-    rows = [["shape", "batch", "model", "tokens/s", "of plain", "GB"]]
+    lines = [["shape", "batch", "model", "tokens/s", "of plain", "GB"]]
     for name, B in ((name, B) for name in ("24l-512", "paper-48l") for B in (1, 32)):
         variants, peak = {}, {}
         for row in ("plain", "row 4"):
             torch.manual_seed(0)
-            model = FastMoDA(replace(SHAPES[name][0], **ROWS[row])).cuda()
+            model = FastMoDA(row_config(MODELS[row], SHAPES[name][0])).cuda()
             prompt = torch.randint(model.config.vocab_size, (B, 64), device="cuda")
             short = model.generate(prompt[:, :8], 8, temperature=0)
             if not torch.equal(short, model.generate(prompt[:, :8], 8, temperature=0, use_cache=False)):
@@ -632,12 +495,12 @@ def bench_generate(args):
         for row, ms in times.items():
             ratio = median([a / b for a, b in zip(times["plain"], ms, strict=True)])
             speed = B * args.tokens / median(ms) * 1000
-            rows.append([name, str(B), row, f"{speed:,.0f}", f"{ratio:.2f}", f"{peak[row]:.2f}"])
-            print(*rows[-1], sep=" | ", flush=True)
+            lines.append([name, str(B), row, f"{speed:,.0f}", f"{ratio:.2f}", f"{peak[row]:.2f}"])
+            print(*lines[-1], sep=" | ", flush=True)
         result["settings"].append({"shape": name, "B": B, "tokens": args.tokens, "ms": times, "peak_GB": peak})
     print()
-    table(rows)
-    write("generate", result)
+    print_table(lines)
+    write_result("generate", result)
 
 
 SCALE = MoDAConfig(2048, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512)
@@ -646,7 +509,6 @@ SWEEPS = {
     "T": [({"block_size": T}, 32_768 // T) for T in (512, 2048, 8192, 32_768)],
     "depth_window": [({"n_layer": 48, "depth_window": n}, 8) for n in (4, 16, 64, None)],
 }
-TITLES = {"n_layer": "T = 2048, B = 8", "T": "24 layers, 32,768 tokens", "depth_window": "48 layers, T = 2048, B = 8"}
 
 
 def scale_model(config, B, reps):
@@ -676,59 +538,35 @@ def scale_model(config, B, reps):
 
 
 def bench_scale(args):
-    result = {"machine": machine(), "copy_TBps": ceilings()[0], "sweeps": {}}
+    result = {"machine": this_gpu(), "copy_TBps": ceilings()[0], "sweeps": {}}
     print(f"{result['machine']}\ncopy {result['copy_TBps']:.2f} TB/s; {SCALE}\nms of prefill (forward alone) and of a "
           "training step, bf16, not compiled, as CUDA graphs; GB of slots: what all readers read, once")  # fmt: skip
     head = "sweep,value,B,T,slots read,GB of slots,prefill plain,extra,extra / GB,training plain,extra,extra / GB"
-    rows = [(head + ",memory plain,extra,parameters plain,extra").split(",")]
+    lines = [(head + ",memory plain,extra,parameters plain,extra").split(",")]
     for sweep, settings in SWEEPS.items():
         result["sweeps"][sweep] = []
         for changes, B in settings:
             row_4 = replace(SCALE, **changes)
-            plain = scale_model(replace(row_4, **ROWS["plain"], depth_window=None), B, args.reps)
+            base = scale_model(plain(row_4), B, args.reps)
             torch.cuda.empty_cache()
             moda = scale_model(row_4, B, args.reps)
             torch.cuda.empty_cache()
             n_read = sum(len(row_4.slot_names(layer)) for layer in range(row_4.n_layer))
             slots_GB = 4e-9 * n_read * B * row_4.block_size * row_4.n_kv_head * row_4.head_dim  # K and V, bf16
             value = [*changes.values()][-1]
-            row = [sweep, str(value), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
+            line = [sweep, str(value), str(B), str(row_4.block_size), str(n_read), f"{slots_GB:.2f}"]
             for kind in ("prefill", "train"):
-                base, extra = median(plain[kind]), median(moda[kind]) - median(plain[kind])
-                row += [f"{base:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
-            row += [f"{plain['GB']:.2f}", f"{moda['GB'] - plain['GB']:.2f}"]
-            rows.append([*row, f"{plain['parameters']:,}", f"{moda['parameters'] - plain['parameters']:,}"])
-            print(*rows[-1], sep=" | ", flush=True)
+                ms, extra = median(base[kind]), median(moda[kind]) - median(base[kind])
+                line += [f"{ms:.1f}", f"{extra:.1f}", f"{extra / slots_GB:.2f}"]
+            line += [f"{base['GB']:.2f}", f"{moda['GB'] - base['GB']:.2f}"]
+            lines.append([*line, f"{base['parameters']:,}", f"{moda['parameters'] - base['parameters']:,}"])
+            print(*lines[-1], sep=" | ", flush=True)
             point = {"value": value, "B": B, "slots_read": n_read, "slots_GB": slots_GB}
-            result["sweeps"][sweep].append(point | {"plain": plain, "row 4": moda})
-        path = write("scale", result)
+            result["sweeps"][sweep].append(point | {"plain": base, "row 4": moda})
+        path = write_result("scale", result)
     print()
-    table(rows)
-    plot_scale(result, path.with_suffix(".png"))
-
-
-def plot_scale(result, path):
-    """Time of the plain model, and what depth adds to it, over n_layer, T and the window."""
-    fig = Figure(figsize=(12, 4), layout="constrained")
-    panels = fig.subplots(1, 3, sharey=True)
-    kinds = {"train": ("training step", "#0072B2"), "prefill": ("prefill", "#E69F00")}
-    for ax, (sweep, points) in zip(panels, result["sweeps"].items(), strict=True):
-        x = [point["value"] or 94 for point in points]  # no window: the last of 48 layers reads 94 slots
-        for kind, (label, color) in kinds.items():
-            plain = [median(point["plain"][kind]) for point in points]
-            extra = [median(point["row 4"][kind]) - ms for point, ms in zip(points, plain, strict=True)]
-            ax.plot(x, plain, "o--", color=color, mfc="white", label=f"{label}, plain")
-            ax.plot(x, extra, "o-", color=color, label=f"{label}, row 4 adds")
-        ax.set(xscale="log", yscale="log", xlabel=sweep)
-        ax.set_xticks(x, ["all" if point["value"] is None else f"{point['value']}" for point in points])
-        ax.set_xticks([], minor=True)
-        ax.set_title(TITLES[sweep], loc="left", fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms")
-    panels[0].legend(frameon=False, fontsize=9)
-    fig.suptitle(f"{result['machine']['gpu']}, bf16, 512 wide, 8 heads, 2 kv heads, not compiled", fontsize=11)
-    fig.savefig(path, dpi=130)
-    print(f"wrote {path.relative_to(ROOT.parent)}")
+    print_table(lines)
+    redraw(path)
 
 
 def main():

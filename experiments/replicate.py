@@ -18,16 +18,27 @@ The texts are in texts.py. Their tokens are kept in runs/, so that FOLDER is nee
 import argparse
 import itertools
 import json
-import math
 import re
 import statistics
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from experiments import texts
+from experiments.common import ROWS, row_config
+from experiments.plots import draw_quality, save
+from experiments.quality import (
+    OPTIMIZERS,
+    WARMUP,
+    at_same_setting,
+    best_runs,
+    differences,
+    finished,
+    paper_difference,
+    results_path,
+    spread,
+    tries,
+)
 from moda import PRESETS, MoDA
 from train_small import (
     TrainConfig,
@@ -38,34 +49,10 @@ from train_small import (
     validation_windows,
 )
 
-ROOT = Path(__file__).parent
-RESULTS = ROOT / "results" / "quality.jsonl"
-PLAIN = {"depth_kv": False, "ffn_kv": False}
-ROWS = {  # name: (what it is, changes to the config)
-    "plain": ("plain Transformer", PLAIN),
-    "row3": ("+ depth KV", {"ffn_kv": False}),
-    "row4": ("+ depth KV and FFN KV", {}),
-    "row5": ("+ attention KV of its own", {"attn_kv": True}),
-    "wide": ("plain, as many parameters as row4", PLAIN),
-    "longer": ("plain, as much time as row4 took", PLAIN),
-    "longer3": ("plain, as much time as row3 took", PLAIN),
-    "window4": ("row4, the last 4 slots", {"depth_window": 4}),
-    "window8": ("row4, the last 8 slots", {"depth_window": 8}),
-    "window16": ("row4, the last 16 slots", {"depth_window": 16}),
-    "norope": ("row4, depth keys not rotated", {"depth_rope": False}),
-    "noqknorm": ("row4 without QK-norm", {"qk_norm": False}),
-}
 AS_LONG_AS = {"longer": "row4", "longer3": "row3"}  # the rows that plain gets the time of
-PAPER = {(24, "post"): (3.4740, 3.4537, 3.4338), (48, "post"): (3.4062, 3.3653, 3.3484),
-         (48, "pre"): (3.3800, 3.3759, 3.3656)}  # Table 6: plain, row 3, row 4; FineWeb-Edu  # fmt: skip
-BATCH, WARMUP = 16, 300  # sequences of 512 tokens; steps
-NAMES = {"muon": "Muon", "adamw": "AdamW"}  # the optimizers
+BATCH = 16  # sequences of 512 tokens
 # the best for plain with 24 layers, of those in results/quality.md
 LR = {"muon": {"post": 1e-3, "pre": 2e-3}, "adamw": {"post": 1e-3, "pre": 2e-3}}
-
-
-def results_path(text):
-    return RESULTS if text == "novels" else RESULTS.with_stem(f"{RESULTS.stem}_{text}")
 
 
 def corpus(text, folder):
@@ -78,24 +65,13 @@ def corpus(text, folder):
     return data
 
 
-def finished(text="novels"):
-    """The lines of results/quality.jsonl, of another text quality_TEXT.jsonl. ValueError if one is damaged."""
-    path, lines = results_path(text), []
-    for i, line in enumerate(path.read_text().splitlines() if path.exists() else []):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {i + 1} of {path} is damaged, remove it: {error}") from error
-    return lines
-
-
 def cell_config(cell):
     """ "24l-post-row4" -> (MoDAConfig, row). ValueError for what is no cell."""
     match = re.fullmatch(r"(\d+)l-(pre|post)-(.+)", cell)
     if not match or match[3] not in ROWS:
         raise ValueError(f"{cell!r} is no cell: LAYERS-NORM-ROW, with the rows {', '.join(ROWS)}")
     row_4 = replace(PRESETS["paper-24l"], vocab_size=4096, n_layer=int(match[1]), norm=match[2])
-    config = replace(row_4, **ROWS[match[3]][1])
+    config = row_config(match[3], row_4)
     if match[3] == "wide":  # hidden units for the parameters of the FFN KV projections, in steps of 8
         extra = MoDA(row_4).num_params() - MoDA(config).num_params()
         per_unit = config.n_layer * (3 * config.n_embd + 2)
@@ -176,54 +152,6 @@ def run(cell, seed, length, optimizer, lr, warmup, text, data, device):
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def spread(values):
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-
-
-def tries(lines):
-    """Lines of results/quality.jsonl -> {(n_layer, norm, optimizer, epochs): {row: {(lr, warmup): {seed: line}}}}.
-    Where the lines have no epochs, the budget takes their place."""
-    groups = {}
-    for line in lines:
-        length = line["epochs"] if "epochs" in line else line["budget"]
-        rows = groups.setdefault((line["n_layer"], line["norm"], line["optimizer"], length), {})
-        rows.setdefault(line["row"], {}).setdefault((line["lr"], line["warmup"]), {})[line["seed"]] = line
-    return groups
-
-
-def best_setting(tried):
-    """{(lr, warmup): {seed: line}} -> the setting with the lowest mean loss, of those with the most seeds."""
-    most = max(map(len, tried.values()))
-    settings = [setting for setting, runs in tried.items() if len(runs) == most]
-    return min(settings, key=lambda setting: sum(line["val_loss"] for line in tried[setting].values()))
-
-
-def best_runs(lines):
-    """-> {(n_layer, norm, optimizer, epochs): {row: its lines, seed by seed, at its best setting}}."""
-
-    def best(tried):
-        runs = tried[best_setting(tried)]
-        return [runs[seed] for seed in sorted(runs)]
-
-    return {group: {row: best(tried) for row, tried in rows.items()} for group, rows in tries(lines).items()}
-
-
-def differences(runs, plain):
-    """Of lines of results/quality.jsonl: loss minus that of the plain run with the same seed, where there is one."""
-    losses = {line["seed"]: line["val_loss"] for line in plain}
-    return [line["val_loss"] - losses[line["seed"]] for line in runs if line["seed"] in losses]
-
-
-def at_same_setting(runs, plain):
-    """The same, for runs of one learning rate and warmup; plain: {(lr, warmup): {seed: line}}."""
-    return differences(runs, plain.get((runs[0]["lr"], runs[0]["warmup"]), {}).values())
-
-
-def paper_difference(n_layer, norm, row, epochs=1):
-    paper = dict(zip(("plain", "row3", "row4"), PAPER.get((n_layer, norm), ()) if epochs == 1 else (), strict=False))
-    return paper[row] - paper["plain"] if row in paper and row != "plain" else None
-
-
 COLUMNS = "row||lr|warmup|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|same setting|depth"
 
 
@@ -259,7 +187,7 @@ have shared the GPU."""
     ]
     names = "budget|row||lr|warmup|of|seeds|tokens (millions)|nats/token|bits/byte|minus plain|tokens/s"
     for heading, same in itertools.groupby(sorted(groups), key=lambda group: group[:3]):
-        page += [f"\n## {heading[0]} layers, {heading[1]}-norm, {NAMES[heading[2]]}\n"]
+        page += [f"\n## {heading[0]} layers, {heading[1]}-norm, {OPTIMIZERS[heading[2]]}\n"]
         page += [f"|{names}|", "|--:|---|---|" + "--:|" * (names.count("|") - 2)]
         for group, row in ((group, row) for group in same for row in ROWS if row in groups[group]):
             runs, delta = groups[group][row], differences(groups[group][row], groups[group].get("plain", []))
@@ -276,7 +204,7 @@ have shared the GPU."""
 
 def report_novels(lines):
     groups, tried = best_runs(lines), tries(lines)
-    text = [
+    page = [
         """# Quality: does depth KV lower the loss?
 
 Written by `python -m experiments.replicate report` from quality.jsonl. Loss in nats per token and bits per byte of
@@ -290,8 +218,10 @@ the layers that read any; the first runs did not record it."""
     ]
     for group, rows in sorted(groups.items()):
         n_layer, norm, optimizer, epochs = group
-        text += [f"\n## {n_layer} layers, {norm}-norm, {NAMES[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"]
-        text += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
+        page += [
+            f"\n## {n_layer} layers, {norm}-norm, {OPTIMIZERS[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"
+        ]
+        page += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
         for row in (row for row in ROWS if row in rows):
             runs, paper = rows[row], paper_difference(n_layer, norm, row, epochs)
             delta = differences(runs, rows.get("plain", []))
@@ -306,106 +236,28 @@ the layers that read any; the first runs did not record it."""
             ]
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
             cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
-            text.append(f"| {' | '.join(cells)} |")
-    text += ["\n## Minus plain at the same learning rate, warmup and seed\n"]
-    text += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
+            page.append(f"| {' | '.join(cells)} |")
+    page += ["\n## Minus plain at the same learning rate, warmup and seed\n"]
+    page += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
     for group, rows in sorted(tried.items()):
         for setting, plain in sorted(rows.get("plain", {}).items()):
             at_this = {row: rows[row][setting].values() for row in ("row3", "row4") if setting in rows.get(row, {})}
             delta = {row: differences(runs, plain.values()) for row, runs in at_this.items()}
             if any(delta.values()):
-                settings = [f"{x:g}" if isinstance(x, float) else NAMES.get(x, str(x)) for x in (*group, *setting)]
+                settings = [f"{x:g}" if isinstance(x, float) else OPTIMIZERS.get(x, str(x)) for x in (*group, *setting)]
                 cells = [f"{spread(d)} ({len(d)})" if (d := delta.get(row)) else "" for row in ("row3", "row4")]
                 losses = spread([line["val_loss"] for line in plain.values()])
-                text.append(f"| {' | '.join([*settings, losses, *cells])} |")
+                page.append(f"| {' | '.join([*settings, losses, *cells])} |")
     names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
-    text += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
+    page += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
     for line in sorted(lines, key=lambda line: [line[n] for n in names]):
         cells = [f"{line[n]:g}" if n in ("epochs", "lr") else str(line[n]) for n in names]
-        text.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
-    text.append(machines(lines))
-    (ROOT / "results" / "quality.md").write_text("\n".join(text) + "\n")
-    plot(groups, tried)
-    print("wrote results/quality.md and results/quality.png")
-
-
-def plot(groups, tried):
-    """Where most was run: rows 3 and 4 minus plain of the same seed over training, at the best setting that plain was
-    run at too, and the loss at each learning rate. Differences at the end, an optimizer a panel: rows 3 and 4 minus
-    plain, each at its best setting, all others at the same setting as plain."""
-    colors, points = {"row3": "#E69F00", "row4": "#009E73"}, {}
-    for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
-        title = f"{n_layer} layers, {norm}-norm" + f", {epochs:g} epochs" * (epochs != 1)
-        for row in (row for row in ROWS if row != "plain" and row in rows):
-            delta, paper = differences(rows[row], rows.get("plain", [])), paper_difference(n_layer, norm, row, epochs)
-            if row not in colors:
-                delta = at_same_setting(rows[row], tried[n_layer, norm, optimizer, epochs].get("plain", {}))
-            if delta:
-                points.setdefault(optimizer, []).append((f"{title}: {row} ({len(delta)})", row, delta, paper))
-    panels = [(optimizer, points[optimizer]) for optimizer in NAMES if optimizer in points]
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    columns = figure.add_gridspec(1, 2)
-    left, below = (figure.add_subplot(cell) for cell in columns[0].subgridspec(2, 1))
-    grid = columns[1].subgridspec(max(1, len(panels)), 1, height_ratios=[len(rows) + 1 for _, rows in panels] or None)
-    _, most_norm, most, most_epochs = max(groups, key=lambda group: sum(map(len, groups[group].values())))
-    for (n_layer, norm, optimizer, epochs), rows in sorted(groups.items()):
-        here = tried[n_layer, norm, optimizer, epochs]
-        wanted = (norm, optimizer, epochs) == (most_norm, most, most_epochs)
-        for row in (row for row in colors if row in rows and wanted):
-            shared = {setting: runs for setting, runs in here[row].items() if setting in here.get("plain", {})}
-            if not shared:
-                continue
-            setting = best_setting(shared)
-            label, plain = f"{n_layer} layers: {row}", here["plain"][setting]
-            for line in (line for seed, line in shared[setting].items() if seed in plain):
-                pairs = zip(line["curve"], plain[line["seed"]]["curve"], strict=True)
-                seen = [(tokens / 1e6, loss - base) for (tokens, _, loss), (*_, base) in pairs if base is not None]
-                left.plot(*zip(*seen, strict=True), color=colors[row], lw=n_layer / 20, label=label)
-                label = None
-    left.axhline(0, color="#D22030", lw=1.5, label="plain")
-    left.set(xlabel="training tokens (millions)", ylabel="nats per token, lower is better")
-    title = f"{NAMES[most]}, {most_norm}-norm: validation loss (a sample) minus plain, same setting"
-    left.set_title(title, loc="left", fontsize=10)
-    left.legend(frameon=False, loc="upper right", fontsize=9, ncols=2)
-    searched, lowest = {"plain": "#D22030", **colors}, math.inf
-    for (n_layer, *group), rows in sorted(tried.items()):
-        for row, color in searched.items():
-            runs = [(lr, by_seed[0]["val_loss"]) for (lr, warmup), by_seed in sorted(rows.get(row, {}).items())
-                    if warmup == WARMUP and 0 in by_seed]  # fmt: skip
-            if group == [most_norm, most, most_epochs] and len(runs) > 2:
-                label = f"{n_layer} layers: {row}"
-                below.plot(*zip(*runs, strict=True), "o-", color=color, lw=n_layer / 20, label=label)
-                lowest = min(lowest, *(loss for _, loss in runs))
-    if lowest < math.inf:
-        below.set_ylim(lowest - 0.01, lowest + 0.2)  # what got stuck is far above
-        below.legend(frameon=False, fontsize=9)
-    below.set(xscale="log", xlabel="learning rate", ylabel="nats per token, at the end")
-    below.set_xticks(rates := (5e-4, 1e-3, 2e-3, 4e-3), [f"{lr:g}" for lr in rates])
-    below.set_xticks([], minor=True)
-    title = f"{NAMES[most]}, {most_norm}-norm: at each learning rate, warmup {WARMUP}, seed 0"
-    below.set_title(title, loc="left", fontsize=10)
-    for i, (optimizer, rows) in enumerate(panels):
-        axes = figure.add_subplot(grid[i])
-        for y, (_, row, delta, paper) in enumerate(rows):
-            mean, color = statistics.mean(delta), colors.get(row, "#767676")
-            if abs(mean) < 0.3:
-                error = statistics.stdev(delta) if len(delta) > 1 else None
-                axes.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=4, zorder=3)
-            else:  # far off, such as stuck at the unigram loss
-                side = math.copysign(1, mean)
-                axes.plot(0.3 * side, y, ">" if side > 0 else "<", color=color)
-                axes.text(0.29 * side, y, f"{mean:+.2f}", ha="right" if side > 0 else "left", va="center", fontsize=9)
-            if paper is not None:
-                axes.plot(paper, y, "D", color="#222222", mfc="white", ms=6)
-        axes.axvline(0, color="#D22030", lw=1.5)
-        axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=9)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.locator_params(axis="x", nbins=5)
-        axes.set_title(f"{NAMES[optimizer]}: at the end, minus plain (pairs)", loc="left", fontsize=10)
-        axes.set_xlabel("nats per token; diamonds: the paper" if i == len(panels) - 1 else None)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(ROOT / "results" / "quality.png", dpi=130)
+        page.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
+    page.append(machines(lines))
+    path = results_path("novels")
+    path.with_suffix(".md").write_text("\n".join(page) + "\n")
+    print("wrote results/quality.md")
+    save(draw_quality(lines), path.with_suffix(".png"))
 
 
 def main():
@@ -418,7 +270,10 @@ def main():
     parser.add_argument("--epochs", type=float, help="novels: passes over the 16 million tokens (default: 1)")
     parser.add_argument("--tokens", type=float, help="other texts: millions of tokens, read once (default: all)")
     parser.add_argument(
-        "--optimizer", choices=NAMES, default="muon", help="muon (default): of the hidden matrices; AdamW does the rest"
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="muon",
+        help="muon (default): of the hidden matrices; AdamW does the rest",
     )
     parser.add_argument("--lr", type=float, help=f"to search for it (default: {LR})")
     parser.add_argument("--warmup", type=int, default=WARMUP, help="steps (default: %(default)s)")

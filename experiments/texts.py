@@ -51,7 +51,7 @@ def book_text(folder, part):
         return lzma.decompress(whole.with_suffix(".txt.xz").read_bytes()).decode()
     listed = [line.split() for line in (ROOT / "results" / "novels.txt").read_text().splitlines()]
     text = ""
-    for book in (whole.with_name(name) for side, name in listed if side == part):
+    for book in (whole.with_name(name) for of, name in listed if of == part):
         if not book.exists():
             raise ValueError(f"there is neither {whole} nor {book.name} beside it")
         lines = book.read_bytes().decode().replace("\ufeff", "").replace("\r", "")
@@ -68,7 +68,7 @@ def linux(folder):
     """-> (training texts, held-out texts, version), a text a file: every *.c under 400,000 bytes that is UTF-8 without
     NUL, ordered by the SHA-256 of its path. The same hash holds out one file in 128, so that a prefix of the training
     text is a sample of the whole kernel and another release holds out the same files. ValueError for another folder."""
-    root, sides = Path(folder), ([], [])
+    root, parts = Path(folder), ([], [])
     head = (root / "Makefile").read_text()[:1000] if (root / "Makefile").is_file() else ""
     version = re.findall(r"^(?:VERSION|PATCHLEVEL|SUBLEVEL) = (\d+)$", head, re.MULTILINE)
     if len(version) != 3:
@@ -79,8 +79,8 @@ def linux(folder):
         raw = path.read_bytes()
         if len(raw) < 400_000 and b"\0" not in raw:
             with contextlib.suppress(UnicodeDecodeError):
-                sides[digest[0] < 2].append(raw.decode())
-    return *sides, "Linux " + ".".join(version)
+                parts[digest[0] < 2].append(raw.decode())
+    return *parts, "Linux " + ".".join(version)
 
 
 TEXTS = {"novels": novels, "linux": linux}
@@ -96,16 +96,16 @@ def make(name, folder):
     """Read and encode a text and write runs/NAME.pt -> a dict: "version"; "files", "bytes", "sha256", each of the
     training and of the held-out text; "tokenizer", of 4,096 tokens, trained on the first 64 million characters;
     "tokens" and "held_out", (n_token,) int16, <|endoftext|> around files. ValueError if the folder does not hold it."""
-    *sides, version = TEXTS[name](folder)
-    if not all(sides):
-        raise ValueError(f"there is too little text in {folder}: {len(sides[0])} and {len(sides[1])} files")
-    data = {"version": version, "files": [len(side) for side in sides]}
-    raw = ["".join(side).encode() for side in sides]
+    *parts, version = TEXTS[name](folder)
+    if not all(parts):
+        raise ValueError(f"there is too little text in {folder}: {len(parts[0])} and {len(parts[1])} files")
+    data = {"version": version, "files": [len(files) for files in parts]}
+    raw = ["".join(files).encode() for files in parts]
     data |= {"bytes": [len(x) for x in raw], "sha256": [hashlib.sha256(x).hexdigest() for x in raw]}
-    tokenizer = make_tokenizer("bpe", beginning(sides[0], 64_000_000), 4096)
+    tokenizer = make_tokenizer("bpe", beginning(parts[0], 64_000_000), 4096)
     data["tokenizer"] = tokenizer_to_json(tokenizer)
-    for part, side in zip(("tokens", "held_out"), sides, strict=True):
-        data[part] = encode(tokenizer, tqdm(side, f"encoding {part}", unit="file")).to(torch.int16)
+    for part, files in zip(("tokens", "held_out"), parts, strict=True):
+        data[part] = encode(tokenizer, tqdm(files, f"encoding {part}", unit="file")).to(torch.int16)
     RUNS.mkdir(exist_ok=True)
     write_atomically(RUNS / f"{name}.pt", partial(torch.save, data))
     return data

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moda
 import slots
-from experiments.bench import train_step
+from experiments.common import train_step
 from fast import FastMoDA, PortableStream, record
 from moda import MoDA, MoDAConfig
 
@@ -295,13 +295,29 @@ def test_backward_within_its_own_backward():
         loss.backward(retain_graph=True)
 
 
+class Negated(torch.nn.Linear):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+CHANGES = {  # of a linear layer, to its output or to gradients
+    "forward hook": lambda linear: linear.register_forward_hook(lambda module, args, out: -out),
+    "forward pre-hook": lambda linear: linear.register_forward_pre_hook(lambda module, args: (-args[0],)),
+    "backward hook": lambda linear: linear.register_full_backward_hook(lambda module, dx, dy: (1000 * dx[0],)),
+    "backward pre-hook": lambda linear: linear.register_full_backward_pre_hook(lambda module, dy: (-dy[0],)),
+    "another class": lambda linear: setattr(linear, "__class__", Negated),
+    "another forward": lambda linear: setattr(linear, "forward", lambda x: -F.linear(x, linear.weight)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("layer", ["wq", "kv.wv", "ffn_kv.wk"])
-def test_a_hook_on_a_joined_projection(layer):
-    """Projections of the same input are one product; not where one has a hook."""
+def test_a_changed_projection(layer, change):
+    """Projections of the same input are one product; not where one has a hook, or computes something else."""
     model, exact, idx, targets = fast_and_exact()
     usual = gradients(model, idx, targets)
     for m in (model, exact):
-        m.blocks[0].attn.get_submodule(layer).register_forward_hook(lambda module, args, out: -out)
+        CHANGES[change](m.blocks[1].attn.get_submodule(layer))
     got = gradients(model, idx, targets)
     assert worst(got, gradients(exact, idx, targets)) <= TIGHT and worst(got, usual) > 0.1
 

@@ -15,7 +15,7 @@ import kernel
 import moda
 from experiments.common import flops
 from kernel import moda_attention_reference
-from moda import PRESETS, DepthStream, KVCache, MoDA, MoDAConfig
+from moda import PRESETS, DepthStream, KVCache, MoDA, MoDAConfig, plain
 
 # -------------------------------------------------------------------------------------- the same model, written naively
 
@@ -260,6 +260,14 @@ def test_slot_schedule(variant, layer_3, projections):
     stream = DepthStream()  # and what nobody reads is not written
     model.hidden(tokens(), stream)
     assert len(stream.slots) == len({name for layer in range(5) for name in c.slot_names(layer)})
+
+
+@each_variant
+def test_plain_is_the_same_shape_without_depth(variant):
+    config, depth = replace(SMALL, **variant), ("depth_kv", "ffn_kv", "attn_kv", "depth_window")
+    baseline = plain(config)
+    assert not any(getattr(baseline, field) for field in depth) and baseline.slot_kinds == ()
+    assert replace(baseline, **{field: getattr(config, field) for field in depth}) == config
 
 
 def test_slot_names_errors():

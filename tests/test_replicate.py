@@ -4,15 +4,14 @@ import json
 import lzma
 import random
 import shutil
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-from experiments import replicate, texts
-from experiments.replicate import ROWS, cell_config
+from experiments import quality, replicate, texts
+from experiments.common import ROWS
+from experiments.replicate import cell_config
 from moda import MoDA
 from train_small import make_tokenizer, tokenizer_to_json
 
@@ -23,8 +22,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "novels.txt").write_text("train Missing.txt")
     monkeypatch.setattr(texts, "ROOT", tmp_path)
-    monkeypatch.setattr(replicate, "ROOT", tmp_path)
-    monkeypatch.setattr(replicate, "RESULTS", tmp_path / "results" / "quality.jsonl")
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.jsonl")
     monkeypatch.setattr(texts, "RUNS", tmp_path / "runs")
     words = random.Random(0).choices(
         ["the", "whale", "it", "was", "a", "captain", "of", "my", "ship", "and", "sea"], k=40_000
@@ -62,26 +60,11 @@ def test_the_best_setting_counts():
     assert replicate.at_same_setting(best["row4"], tried["plain"]) == [pytest.approx(-0.3)]
 
 
-def test_the_picture_shows_the_published_runs(monkeypatch):
-    saved, lines = [], replicate.finished()
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: saved.append(self))
-    groups, tried = replicate.best_runs(lines), replicate.tries(lines)
-    replicate.plot(groups, tried)
-    curves, rates, muon, _ = saved[0].axes
-    assert len(curves.lines) == 1 + 2 * 2 * 3  # plain; two depths, two rows, three seeds
-    for n_layer in (24, 48):
-        rows = groups[n_layer, "post", "muon", 1]
-        mean = statistics.mean(replicate.differences(rows["row4"], rows["plain"]))
-        assert any(list(line.get_xdata()) == [mean] for line in muon.lines)
-        at_1e3 = tried[n_layer, "post", "muon", 1]["row4"][1e-3, 300][0]["val_loss"]
-        assert any((1e-3, at_1e3) in zip(*line.get_data(), strict=True) for line in rates.lines)
-
-
 def test_a_table_fills(place, monkeypatch, capsys):
     def main(*arguments):
         monkeypatch.setattr("sys.argv", ["replicate.py", *arguments])
         replicate.main()
-        return [json.loads(line) for line in replicate.RESULTS.read_text().splitlines()]
+        return [json.loads(line) for line in quality.RESULTS.read_text().splitlines()]
 
     with pytest.raises(SystemExit, match=r"novels\.pt"):
         main("1l-post-plain", "--device", "cpu")
@@ -114,13 +97,13 @@ def test_a_table_fills(place, monkeypatch, capsys):
     assert (place / "results" / "quality.png").exists()
 
     elsewhere = [json.dumps(line | {"machine": {"device": "another"}}) + "\n" for line in lines]
-    replicate.RESULTS.write_text("".join(elsewhere))
+    quality.RESULTS.write_text("".join(elsewhere))
     with pytest.raises(SystemExit, match="needs the speed"):
         main("1l-post-longer", *few)
-    replicate.RESULTS.write_text(json.dumps(lines[0] | {"sha256": ["another", "text"]}) + "\n")
+    quality.RESULTS.write_text(json.dumps(lines[0] | {"sha256": ["another", "text"]}) + "\n")
     with pytest.raises(SystemExit, match="another text"):
         main("1l-post-plain", *few)
-    replicate.RESULTS.write_text(json.dumps(lines[0]) + "\n" + '{"cell": "1l-po')
+    quality.RESULTS.write_text(json.dumps(lines[0]) + "\n" + '{"cell": "1l-po')
     with pytest.raises(SystemExit, match=r"line 2 .* damaged"):
         main("report")
 
@@ -129,7 +112,7 @@ def test_the_committed_report_is_that_of_the_committed_runs(place):
     committed = Path(replicate.__file__).parent / "results"
     if not (committed / "quality.jsonl").exists():
         pytest.skip("the runs are gone: README suggests that for own ones")
-    shutil.copy(committed / "quality.jsonl", replicate.RESULTS)
+    shutil.copy(committed / "quality.jsonl", quality.RESULTS)
     replicate.report()
     assert (place / "results" / "quality.md").read_text() == (committed / "quality.md").read_text()
 
@@ -172,7 +155,7 @@ def test_a_budget_is_read_once(place, monkeypatch, capsys):
         assert line["version"] == "Linux 6.1.0" and line["sha256"] == ["a", "b"] and "epochs" not in line
     assert main("1l-post-plain", "--tokens", "0.02") == lines and len(read) == 2
     assert main("1l-post-plain")[2]["budget"] == 0.024581  # all there is
-    assert not replicate.RESULTS.exists()  # that of the novels
+    assert not quality.RESULTS.exists()  # that of the novels
     main("report")
     table = (place / "results" / "quality_linux.md").read_text()
     assert f"| {lines[1]['val_loss'] - lines[0]['val_loss']:.4f} (1) |" in table and "| 0.024581 | plain |" in table

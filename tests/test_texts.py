@@ -31,8 +31,8 @@ def test_files_of_the_kernel(tree):
     assert version == "Linux 6.1.192" and len(train) + len(held_out) == 300 and held_out
     digest = {(tree / name).read_text(): hashlib.sha256(name.encode()).hexdigest()
               for name in (f"drivers/{i}.c" for i in range(300))}  # fmt: skip
-    for side in (train, held_out):
-        assert side == sorted(side, key=digest.get)
+    for part in (train, held_out):
+        assert part == sorted(part, key=digest.get)
     assert all(digest[text] < "02" for text in held_out) and all(digest[text] >= "02" for text in train)
     (tree / "long.c").write_bytes(b"x" * 399_999)
     assert sum(map(len, texts.linux(tree)[:2])) == 301
