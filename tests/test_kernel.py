@@ -792,12 +792,17 @@ ERRORS = [  # what is wrong, what the message must say, the changed tensors (fro
     ("depth_k length", r"depth_k must be \(3, 2, 2, 4, 8\)", lambda a: a | {"depth_k": a["depth_k"][:, :, :, :3]}),
     ("depth_k head_dim", "depth_k must be", lambda a: a | {"depth_k": a["depth_k"][..., :4]}),
     ("depth_v slots", "as many slots, got 3 and 2", lambda a: a | {"depth_v": a["depth_v"][:2]}),
+    ("a list and a tensor", "depth_k and depth_v", lambda a: a | {"depth_k": list(a["depth_k"])}),
     (
         "a list of slots",
         r"depth_k\[1\] must be \(2, 2, 4, 8\)",
-        lambda a: a | {"depth_k": [*a["depth_k"][:1], a["depth_k"][1, :1], a["depth_k"][2]]},
+        lambda a: a | {"depth_k": [a["depth_k"][0], *a["depth_k"][1:, :1]], "depth_v": list(a["depth_v"])},
     ),
-    ("a list of no tensors", r"depth_v\[0\] must be a tensor.*float", lambda a: a | {"depth_v": [1.0, 2.0, 3.0]}),
+    (
+        "a list of no tensors",
+        r"depth_v\[0\] must be a tensor.*float",
+        lambda a: a | {"depth_k": list(a["depth_k"]), "depth_v": [1.0, 2.0, 3.0]},
+    ),
     ("depth_v length", "depth_v must be", lambda a: a | {"depth_v": a["depth_v"][:, :, :, :3]}),
     (
         "no slots, other length",
