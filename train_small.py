@@ -10,7 +10,6 @@ The run folder gets checkpoint.pt, tokenizer.json, config.json, metrics.jsonl, r
 `load_run(folder)` gives the model and the tokenizer back. How text becomes batches of tokens is in text.py.
 """
 
-import functools
 import json
 import math
 import shutil
@@ -23,17 +22,21 @@ import torch
 from matplotlib.figure import Figure  # not pyplot: a notebook keeps its own backend
 from tqdm.auto import tqdm
 
-# isort: off
+from environment import (
+    Interrupted,
+    Place,
+    as_keywords,
+    choose_folder,
+    interrupt_between_steps,
+    machine,
+    make_parser,
+    parse_arguments,
+    pick_device,
+    write_atomically,
+)
 from fast import FastMoDA, Muon, record_training
 from moda import PRESETS, MoDA, MoDAConfig, plain
-from environment import (  # noqa: F401 (some names are for those who import them from here)
-    Interrupted, Place, as_keywords, choose_folder, commit, interrupt_between_steps, machine, make_parser,
-    parse_arguments, pick_device, write_atomically,
-)  # fmt: skip
-from text import (  # noqa: F401
-    encode, get_batch, load_text, make_tokenizer, read_documents, split_documents, token_bytes, tokenizer_from_json,
-    tokenizer_to_json, validation_windows,
-)  # fmt: skip
+from text import get_batch, load_text, token_bytes, tokenizer_from_json, tokenizer_to_json, validation_windows
 
 FORMAT = "moda train_small 1"  # changes when load_run can no longer read older checkpoints
 BLUE, VERMILLION = "#0072B2", "#D55E00"
@@ -251,8 +254,7 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
     step, saved, seconds, history, postfix = 0, 0, 0.0, [], {}
     if resume and checkpoint.exists():
         state, _ = load_checkpoint(folder, to_resume=True)
-        step, seconds, history = state["step"], state["seconds"], state["history"]
-        saved = step
+        step, saved, seconds, history = (state[name] for name in ("step", "step", "seconds", "history"))
         model.load_state_dict(state["model"])
         for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(old)
@@ -306,7 +308,7 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
             if due_save:
                 state = record | {"format": FORMAT, "step": step, "seconds": seconds, "history": history}
                 state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                write_atomically(checkpoint, functools.partial(torch.save, state | {"rng": torch.get_rng_state()}))
+                write_atomically(checkpoint, lambda path, s=state: torch.save(s | {"rng": torch.get_rng_state()}, path))
                 saved = step
             if stop and step < config.steps:
                 raise Interrupted(f"stopped and saved after step {step}: run it again to go on")

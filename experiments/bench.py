@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
+from environment import machine
 from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, flops, relative_error, row_config, train_step
 from experiments.plots import redraw
 from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
 from moda import PRESETS, MoDAConfig, plain
 from sdpa import sequence_backward
-from train_small import machine
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1

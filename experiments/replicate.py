@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+from environment import machine, pick_device
 from experiments import texts
 from experiments.common import ROWS, row_config
 from experiments.plots import draw_quality, save
@@ -40,14 +41,8 @@ from experiments.quality import (
     tries,
 )
 from moda import PRESETS, MoDA
-from train_small import (
-    TrainConfig,
-    machine,
-    pick_device,
-    tokenizer_from_json,
-    train,
-    validation_windows,
-)
+from text import tokenizer_from_json, validation_windows
+from train_small import TrainConfig, train
 
 AS_LONG_AS = {"longer": "row4", "longer3": "row3"}  # the rows that plain gets the time of
 BATCH = 16  # sequences of 512 tokens

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from train_small import encode, make_tokenizer, tokenizer_to_json, write_atomically
+from environment import write_atomically
+from text import encode, make_tokenizer, tokenizer_to_json
 
 ROOT = Path(__file__).parent
 RUNS = ROOT.parent / "runs"

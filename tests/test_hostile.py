@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_train_small import arguments, assert_same_run, text, whole  # noqa: F401
 
 from kernel import moda_attention, moda_attention_reference
-from train_small import load_run, main, read_documents
+from text import read_documents
+from train_small import load_run, main
 
 calm = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 

@@ -13,7 +13,7 @@ from experiments import quality, replicate, texts
 from experiments.common import ROWS
 from experiments.replicate import cell_config
 from moda import MoDA
-from train_small import make_tokenizer, tokenizer_to_json
+from text import make_tokenizer, tokenizer_to_json
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import texts
-from train_small import tokenizer_from_json
+from text import tokenizer_from_json
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ import environment
 import train_small
 from fast import FastMoDA, Muon
 from moda import PRESETS, MoDA, MoDAConfig
-from train_small import TrainConfig, encode, export_run, get_batch, load_run, main
+from text import encode, get_batch
+from train_small import TrainConfig, export_run, load_run, main
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_hidden": 64, "block_size": 32, "vocab_size": 300}
