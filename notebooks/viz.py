@@ -59,8 +59,8 @@ def slot_color(name):
 def heatmap(ax, p, tokens, slots=(), vmax=None, values=False):
     """One head's softmax over [sequence | depth]: p (T, T + n_slot), the boundary in red (the paper's Figure 5).
 
-    tokens: T labels; slots: n_slot labels, as `MoDA.slot_names` gives them. values: write each weight into its cell.
-    Keys in a query's future are left blank. Returns the image, for a colour bar.
+    tokens: T labels; slots: n_slot labels, as `MoDAConfig.slot_names` gives them. values: write each weight into its
+    cell. Keys in a query's future are left blank. Returns the image, for a colour bar.
     """
     T, n_key = p.shape
     vmax = float(p.max()) if vmax is None else vmax

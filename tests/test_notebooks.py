@@ -53,7 +53,7 @@ def test_embedded_weights_are_the_shipped_models(embedded):
     text = "".join(data["tokens"][1:])  # the first token is the end of the document before
     ids = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
     assert ids.shape[1] == len(data["tokens"])
-    assert data["slots"] == [model.slot_names(layer) for layer in range(model.config.n_layer)]
+    assert data["slots"] == [model.config.slot_names(layer) for layer in range(model.config.n_layer)]
     for ours, theirs in zip(maps, model.attention_maps(ids), strict=True):
         assert np.abs(ours - theirs[0].numpy()).max() < 0.6 * STEP  # half, and the rounding of another machine
 
