@@ -1,13 +1,13 @@
 """A language model with Mixture-of-Depths Attention (MoDA, arXiv 2603.15619), in one file.
 
 A Transformer carries everything in one residual stream, and what a shallow layer wrote there is diluted by every later
-addition. MoDA keeps a second, undiluted path. Each sublayer also leaves one key and one value per position, a *slot*,
-and every later layer's queries read the slots of their own position under the same softmax as the sequence. One layer,
-in the order of `Block.forward`:
+addition. MoDA keeps a second, undiluted path. Each sublayer also leaves a key and a value per position, projected from
+what it reads: a *slot*. Every later layer's queries look at the slots of their own position, under the same softmax as
+at the sequence. One layer, in the order of `Block.forward`:
 
-    project -> rotate -> attend over [sequence | depth] -> write a slot -> FFN -> write a slot
+    project -> rotate -> attend over [sequence | depth] -> write attention's slot -> write the FFN's slot -> FFN
 
-Shapes: B batch, T positions, n_slot depth slots that a layer reads, group = n_head // n_kv_head.
+Shapes: B batch, T positions, n_slot depth slots that a layer reads.
 The attention itself is in kernel.py. What makes training fast on a GPU is in fast.py: the same model and weights.
 """
 
@@ -28,7 +28,7 @@ from kernel import moda_attention, moda_attention_weights
 class MoDAConfig:
     """Shape and variant of a model. Raises ValueError for combinations that cannot work.
 
-    Rows of the paper's Table 3: 1 is `plain(config)`, 3 is ffn_kv=False, 4 the default, 5 is attn_kv=True."""
+    Rows of the paper's Table 3: 1, 2 are `plain(config)`, 3 is ffn_kv=False, 4 the default, 5 is attn_kv=True."""
 
     block_size: int  # longest sequence, in tokens
     vocab_size: int  # tokens that the model knows
@@ -44,7 +44,7 @@ class MoDAConfig:
     depth_kv: bool = True  # queries also read earlier layers' slots; attention's slot is its own sequence K and V
     ffn_kv: bool = True  # the FFN writes a slot too, projected from its input
     attn_kv: bool = False  # attention's slot has a K, V projection of its own
-    depth_rope: bool = True  # rotate depth keys like queries: one position's rotations cancel in the depth logit
+    depth_rope: bool = True  # rotate depth keys like queries: the two cancel, and the depth logit is of content alone
     depth_window: int | None = None  # read only the most recent N slots (paper, section 6.2); None: all
 
     def __post_init__(self):
@@ -54,13 +54,13 @@ class MoDAConfig:
                 raise ValueError(f"{field.name} must be {' or '.join(t.__name__ for t in types)}, got {value!r}")
             if type(value) in (int, float) and not 0 < value < math.inf:
                 raise ValueError(f"{field.name} must be above 0 and finite, got {value}")
-        if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            got = f"got {self.n_embd}, {self.n_head} and {self.n_kv_head}"  # 2: rotations turn pairs of channels
+        if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:  # 2: rotations turn pairs of channels
+            got = f"got {self.n_embd}, {self.n_head} and {self.n_kv_head}"
             raise ValueError(f"n_embd must be a multiple of 2 * n_head, and n_head of n_kv_head, {got}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f'norm must be "pre" or "post", got {self.norm!r}')
         if not self.depth_kv and (self.ffn_kv or self.attn_kv or self.depth_window):
-            raise ValueError("ffn_kv, attn_kv and depth_window need depth_kv=True: without it nobody reads a slot")
+            raise ValueError("ffn_kv, attn_kv and depth_window need depth_kv=True; plain(config) turns off all of them")
 
     @property
     def head_dim(self):
@@ -109,23 +109,23 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------------------------------- what a forward pass remembers
+# -------------------------------------------------- what is remembered: slots for one pass, K and V while generating
 
 
 class DepthStream:
     """The slots that one forward pass has written so far.
 
-    What a slot is made of: a key and a value per position, (B, n_kv_head, T, head_dim) each, projected from what a
-    sublayer READS, never from what it adds to the residual stream. "attn 3" is the K and V that the attention of layer
-    3 makes for its own sequence, used a second time. "ffn 3" is one more projection, of the FFN's input.
+    What a slot is made of: a key and a value for each position, (B, n_kv_head, T, head_dim) both, projected from what a
+    sublayer READS, never from what it adds to the residual stream. "attn 3" is, by default, the K and V that attention
+    of layer 3 makes for its own sequence, used a second time. "ffn 3" is one more projection, of the FFN's input.
     Who writes it: its sublayer, once, if a later layer will read it.
     Who reads it: every later layer (or those within `depth_window`). A query at position t reads the slots of position
-    t alone. Of other tokens it sees the sequence K and V of its own layer, as in any Transformer.
+    t alone. Of earlier tokens it sees the sequence K and V of its own layer, as in any Transformer.
 
     So the stream is gone when the forward pass is over, and decoding needs no second cache: a token's slots are only
-    read while that same token passes through the layers above. Whatever has `write`, `read` and `attend` can take its
-    place: to record (`RecordingStream`), to leave slots out (notebook 04), to be faster (fast.py). `layer` is an
-    `Attention`, which knows the numbers of the slots that it reads."""
+    read while that same token passes through the layers above. A Block calls `write` and `attend`, which calls `read`.
+    Whatever has these can take its place: to record (`RecordingStream`), to leave slots out (notebooks/04), to be
+    faster (fast.py). `layer` is the layer's `Attention`, which knows the numbers of the slots that it reads."""
 
     def __init__(self, impl=None):
         self.impl, self.slots = impl, {}  # number: (k, v)
@@ -134,7 +134,7 @@ class DepthStream:
         """Keep what `kind` ("attn" or "ffn") of this layer wrote: kv is (k, v), or None if nobody will read it.
         RuntimeError for a second write: a layer that runs twice would leave the wrong slot or lose gradients."""
         if kv is not None:
-            number = layer.reads[1] + (kind == "ffn")
+            number = layer.first_slot + (kind == "ffn")
             if number in self.slots:
                 raise RuntimeError(f"slot {number} is written twice. Checkpointing? FastMoDA(config, checkpoint=True)")
             self.slots[number] = kv
@@ -145,7 +145,7 @@ class DepthStream:
         return [k for k, _ in pairs], [v for _, v in pairs]
 
     def attend(self, layer, q, k, v):
-        """Attention of the layer's queries over [sequence | depth] -> (B, n_head, T, head_dim)."""
+        """Causal attention over [sequence | depth] -> (B, n_head, T, head_dim). With a cache k, v go further back."""
         return moda_attention(q, k, v, *self.read(layer), impl=self.impl)
 
 
@@ -157,7 +157,7 @@ class RecordingStream(DepthStream):
         self.maps = []
 
     def attend(self, layer, q, k, v):
-        depth_k = torch.stack(self.read(layer)[0]) if layer.reads[1] else None
+        depth_k = torch.stack(self.read(layer)[0]) if layer.first_slot else None
         self.maps.append(moda_attention_weights(q, k, depth_k)[0])
         return super().attend(layer, q, k, v)
 
@@ -228,7 +228,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         c = self.config = config
-        self.layer, self.reads = layer, c.slot_range(layer)  # (start, stop): `stop` is the first slot that it writes
+        self.layer, self.reads, self.first_slot = layer, c.slot_range(layer), c.slot_range(layer)[1]  # slots by number
         self.wq = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.kv = KVProjection(c)
         self.wo = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
@@ -365,7 +365,7 @@ class MoDA(nn.Module):
 
         temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. When the context
         outgrows block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a
-        cache: a sliding cache would not equal the model without one, as deep keys still carry what was dropped.
+        cache: a sliding cache would not equal the model without one, as later layers' keys carry what was dropped.
         Raises ValueError for an empty prompt, ids that are not integers, and arguments out of range."""
         if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
