@@ -2,8 +2,8 @@
 
 A Transformer carries everything in one residual stream, and what a shallow layer wrote there is diluted by every later
 addition. MoDA keeps a second, undiluted path. Each sublayer also leaves a key and a value per position, projected from
-what it reads: a *slot*. Every later layer's queries look at the slots of their own position, under the same softmax as
-at the sequence. One layer, in the order of `Block.forward`:
+what it reads: a *slot*. Every later layer's queries look at the slots of their own position, under one softmax with the
+sequence. One layer, in the order of `Block.forward`:
 
     project -> rotate -> attend over [sequence | depth] -> write attention's slot -> write the FFN's slot -> FFN
 
