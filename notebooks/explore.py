@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 NOTEBOOKS = Path(__file__).resolve().parent
 sys.path.insert(0, str(NOTEBOOKS.parent))
@@ -24,7 +23,7 @@ from moda import DepthStream  # noqa: E402
 from train_small import load_run  # noqa: E402
 
 SECTIONS = ("why", "what", "how", "where", "plug")
-TEXT = '''class Counter:
+TEXT = """class Counter:
     def __init__(self, path):
         self.path = path
 
@@ -34,7 +33,7 @@ TEXT = '''class Counter:
                 return len(file.readlines())
         except OSError:
             return None
-'''
+"""
 STEPS = 4095  # a weight is stored in steps of 1 / STEPS; each query's add up to 1 exactly
 LOSS_STEP = 0.05  # nats; a loss is stored in one byte
 
@@ -93,7 +92,8 @@ def gone_of(rectangle, n_layer):
     """-> (n_layer, 2 * (n_layer - 1)) bool: which slots which layer cannot read. Two slots a layer: attn, ffn."""
     first, last, begin, end = rectangle
     gone = torch.zeros(n_layer, 2 * (n_layer - 1), dtype=torch.bool)
-    gone[first : last + 1, 2 * begin : 2 * end + 2] = True
+    for reader in range(first, last + 1):
+        gone[reader, 2 * begin : 2 * min(end + 1, reader)] = True
     return gone
 
 
@@ -110,8 +110,8 @@ def kinds_gone(n_layer):
 
 @torch.no_grad()
 def cut(model, ids, gone, emptied):
-    """ids (T + 1,); gone (n_case, n_layer, n_slot) -> of every case and token: the loss in steps of LOSS_STEP, the id of
-    the likeliest next token, its probability in steps of 1 / 255; (n_case, T) each."""
+    """ids (T + 1,); gone (n_case, n_layer, n_slot) -> of every case and token the loss in steps of LOSS_STEP, the id of
+    the likeliest next token, and its probability in steps of 1 / 255: (n_case, T) each."""
     parts = []
     for some in gone.split(128):
         x = ids[:-1].expand(len(some), -1)
