@@ -1,14 +1,15 @@
 """Makes notebooks/explore.html, the page to play with: `python notebooks/explore.py` (five minutes on one core).
 
 The page is one file and needs no network. Its text, styles and scripts lie in notebooks/page, one file a section; its
-numbers are those of the shipped model, notebooks/deep/moda, computed here. `html("why")` is a single section, for a
-notebook to embed.
+numbers are those of the shipped model, notebooks/deep/moda, computed here. In a notebook, `embed("why")` shows one
+section.
 """
 
 import base64
 import json
 import sys
 import zlib
+from html import escape
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kernel import moda_attention_weights  # noqa: E402
 from moda import DepthStream  # noqa: E402
 from train_small import load_run  # noqa: E402
 
+PAGE = NOTEBOOKS / "explore.html"
 SECTIONS = ("why", "what", "how", "where", "plug")
 TEXT = """class Counter:
     def __init__(self, path):
@@ -242,5 +244,17 @@ def embedded_data(page):
     return json.loads(page.split('<script id="data" type="application/json">')[1].split("</script>")[0])
 
 
+def embed(section):
+    """A section of the page, with the numbers that are in it, as the output of a notebook's cell."""
+    from IPython.display import HTML
+
+    page = html(section, data=embedded_data(PAGE.read_text(encoding="utf-8")))
+    # as high as what it shows, also when the window gets narrower
+    grow = "new ResizeObserver(() => this.style.height = this.contentDocument.body.offsetHeight + 'px')"
+    style = "width: 100%; height: 900px; border: 0"
+    start = f'<iframe title="{section}" style="{style}" onload="{grow}.observe(this.contentDocument.body)"'
+    return HTML(f'<div>{start} srcdoc="{escape(page)}"></iframe></div>')
+
+
 if __name__ == "__main__":
-    (NOTEBOOKS / "explore.html").write_text(html(), encoding="utf-8")
+    PAGE.write_text(html(), encoding="utf-8")

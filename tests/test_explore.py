@@ -11,9 +11,8 @@ from small import SMALL
 from moda import DepthStream, MoDA
 from notebooks import explore
 
-PAGE = explore.NOTEBOOKS / "explore.html"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-DATA = explore.embedded_data(PAGE.read_text(encoding="utf-8"))
+DATA = explore.embedded_data(explore.PAGE.read_text(encoding="utf-8"))
 N_LAYER = DATA["plug"]["n_layer"]
 
 
@@ -76,7 +75,7 @@ def test_cut_stream_is_a_model_without_these_slots(emptied):
 
 
 def test_page_is_small_and_self_contained():
-    page = PAGE.read_text(encoding="utf-8")
+    page = explore.PAGE.read_text(encoding="utf-8")
     assert len(page.encode()) < 1_500_000
     code = re.sub(r'<script id="data".*?</script>', "", page)
     assert not re.search(
@@ -87,7 +86,7 @@ def test_page_is_small_and_self_contained():
 
 
 def test_page_is_made_of_the_committed_sources():
-    assert PAGE.read_text(encoding="utf-8") == explore.html(data=DATA), "run python notebooks/explore.py"
+    assert explore.PAGE.read_text(encoding="utf-8") == explore.html(data=DATA), "run python notebooks/explore.py"
 
 
 def test_online_softmax_is_of_the_shipped_model(run):
@@ -171,7 +170,7 @@ def browser():
         browser.close()
 
 
-def opened(browser, path=PAGE, width=1440, **options):
+def opened(browser, path=explore.PAGE, width=1440, **options):
     """The page, with the list of all that went wrong in it."""
     page = browser.new_page(viewport={"width": width, "height": 900}, **options)
     page.wrong = []
@@ -235,9 +234,9 @@ def test_keyboard_reaches_everything(browser):
 
 def test_a_link_opens_its_state(browser):
     page = opened(browser)
-    page.goto(PAGE.as_uri() + "#layer=7&head=4&token=12")
+    page.goto(explore.PAGE.as_uri() + "#layer=7&head=4&token=12")
     assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
-    page.goto(PAGE.as_uri() + "#layer=99&head=4&token=12")  # no such layer: stays
+    page.goto(explore.PAGE.as_uri() + "#layer=99&head=4&token=12")  # no such layer: stays
     assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
     page.close()
 
@@ -307,9 +306,27 @@ def test_strange_tokens(browser, run, tmp_path, monkeypatch, width):
     page.close()
 
 
+def test_notebooks_embed_a_section_at_its_height(browser, tmp_path):
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<meta charset=utf-8><body>{explore.embed('where').data}", encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    page.goto(path.as_uri())
+    frame = page.query_selector("iframe").content_frame()
+    frame.wait_for_selector("#where-map button")
+    assert frame.eval_on_selector_all("section", "all => all.map(e => e.id)") == ["where"]
+    for width in (1000, 420):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_function("document.querySelector('iframe').offsetHeight === "
+                               "document.querySelector('iframe').contentDocument.body.offsetHeight")  # fmt: skip
+        assert fits(frame) and frame.evaluate("document.body.offsetHeight") > 800
+    frame.click("#where-findings button >> nth=1")  # no address to change here, and no error
+    assert "Layer 7" in frame.inner_text("#where-says")
+    page.close()
+
+
 def test_without_scripts_it_says_what_to_do(browser):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.goto(PAGE.as_uri())
+    page.goto(explore.PAGE.as_uri())
     assert "Trust HTML" in page.inner_text("main")
     context.close()

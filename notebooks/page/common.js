@@ -6,6 +6,7 @@ const sum = values => values.reduce((a, b) => a + b, 0);
 const range = n => Array.from({ length: n }, (_, i) => i);
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const visible = text => text.replaceAll("\n", "⏎").replaceAll(" ", "·");
+const label = text => /^ {2,}$/.test(text) ? `${text.length} spaces` : visible(text);
 const short = text => text.length > 12 ? text.slice(0, 11) + "…" : text;
 const kindOf = name => name.split(" ")[0];  // "attn" or "ffn" of a slot's name
 
