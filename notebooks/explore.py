@@ -112,8 +112,8 @@ def kinds_gone(n_layer):
 
 @torch.no_grad()
 def cut(model, ids, gone, emptied):
-    """ids (T + 1,); gone (n_case, n_layer, n_slot) -> of every case and token the loss in steps of LOSS_STEP, the id of
-    the likeliest next token, and its probability in steps of 1 / 255: (n_case, T) each."""
+    """ids (T + 1,); gone (n_case, n_layer, n_slot) -> of every case and token the loss in steps of LOSS_STEP, at most
+    255 of them, the id of the likeliest next token, and its probability in steps of 1 / 255: (n_case, T) each."""
     parts = []
     for some in gone.split(128):
         x = ids[:-1].expand(len(some), -1)
