@@ -263,14 +263,22 @@ def test_dragging_over_the_triangle_cuts(browser):
     page = opened(browser)
     page.wait_for_selector("#plug-triangle .cut")
     page.locator("#plug-triangle").scroll_into_view_if_needed()
-    cell = "[data-tip^='layer {} without the slots of layer {}:']"
-    boxes = [page.locator(cell.format(*at)).bounding_box() for at in ((15, 2), (9, 6))]
-    points = [(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) for box in boxes]
-    page.mouse.move(*points[0])
-    page.mouse.down()
-    page.mouse.move(*points[1])
-    page.mouse.up()
-    assert "Layers 9 to 15 cannot read the slots of layers 2 to 6." in page.inner_text("#plug-says")
+
+    def drag(start, end):
+        """From one cell, (reader, source), to the other's height and column, which may lie outside the triangle."""
+        cell = "[data-tip^='layer {} without the slots of layer {}:']"
+        rows = [page.locator(cell.format(reader, 0)).bounding_box() for reader, _ in (start, end)]
+        columns = [page.locator(cell.format(N_LAYER - 1, source)).bounding_box() for _, source in (start, end)]
+        points = [(x["x"] + x["width"] / 2, y["y"] + y["height"] / 2) for x, y in zip(columns, rows, strict=True)]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        page.mouse.move(*points[1])
+        page.mouse.up()
+        return page.inner_text("#plug-says")
+
+    assert drag((5, 2), (3, 14)) == "Layers 3 to 5 cannot read the slots of layers 2 to 4."
+    assert drag((15, 10), (1, 12)) == "Layers 11 to 15 cannot read the slots of layers 10 to 12."
+    assert drag((15, 2), (9, 6)) == "Layers 9 to 15 cannot read the slots of layers 2 to 6."
     number = 1 + explore.rectangles(N_LAYER).index((9, 15, 2, 6))
     loss = explore.unpack(DATA["plug"]["cases"], np.uint8).reshape(3, len(DATA["plug"]["tokens"]) - 1, 2, -1)[0] * 0.05
     for how, shown in enumerate(page.eval_on_selector_all("#plug-costs b", "all => all.map(e => e.textContent)")):
