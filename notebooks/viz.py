@@ -5,10 +5,8 @@ orange an attention slot, green an FFN slot, red the boundary of [sequence | dep
 ink is plain, and orange, or orange and green, MoDA. In grey print blue is the darkest and orange the lightest.
 """
 
-import json
 from math import exp
 from pathlib import Path
-from string import ascii_lowercase, ascii_uppercase, digits
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -148,33 +146,6 @@ def decoding_grid(ax, sublayers, tokens, t):
     ax.set_yticks(range(len(sublayers)), sublayers)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-
-
-def depth_view(maps, slots, tokens, about):
-    """An interactive page: pick a layer, a head and a token, see what it reads. Self-contained HTML, a string.
-
-    maps: one (n_head, T, T + n_slot) array a layer, as `MoDA.attention_maps` gives them; slots: each layer's slot
-    names; tokens: T strings; about: a sentence or two under the title. Weights are stored in 4095 steps, 12 bits, which
-    are two of base64's digits.
-    """
-    T, n_head = len(tokens), len(maps[0])
-    rows = [(p[head, t, : t + 1], p[head, t, T:]) for p in maps for head in range(n_head) for t in range(T)]
-    weights = np.rint(4095 * np.concatenate([part for row in rows for part in row])).astype(int)
-    alphabet = np.frombuffer((ascii_uppercase + ascii_lowercase + digits + "+/").encode(), np.uint8)
-    kinds = list(dict.fromkeys(name.split()[0] for name in slots[-1]))
-    data = {"tokens": tokens, "slots": slots, "kinds": kinds, "n_head": n_head}
-    data["weights"] = alphabet[np.stack([weights // 64, weights % 64], axis=1)].tobytes().decode()
-    colors = {"sequence": SEQUENCE, "attn": ATTN, "ffn": FFN, "boundary": BOUNDARY, "ink": INK, "grey": GREY}
-    parts = {
-        "__COLORS__": "".join(f"--{name}: {color}; " for name, color in colors.items()),
-        "__N_KIND__": str(len(kinds)),
-        "__ABOUT__": about,
-        "__DATA__": json.dumps(data).replace("<", "\\u003c"),  # a token "</script>" must not end the script
-    }
-    page = Path(__file__).with_name("depth_view_template.html").read_text(encoding="utf-8")
-    for name, part in parts.items():
-        page = page.replace(name, part)
-    return page
 
 
 # ------------------------------------------------------------------------------------------------ the README's figure

@@ -1,0 +1,340 @@
+"""notebooks/explore.html: its numbers are the shipped model's, and in a browser every control does what it says."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from small import SMALL
+
+from moda import DepthStream, MoDA
+from notebooks import explore
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DATA = explore.embedded_data(explore.PAGE.read_text(encoding="utf-8"))
+N_LAYER = DATA["plug"]["n_layer"]
+
+
+@pytest.fixture(scope="module")
+def run():
+    return explore.load_run(explore.NOTEBOOKS / "deep" / "moda")
+
+
+# ---------------------------------------------------------------------------------------------- what explore.py does
+
+
+def test_shares_add_up():
+    p = np.random.default_rng(0).dirichlet(np.full(37, 0.1), 500)
+    steps = explore.apportion(p)
+    assert (steps.sum(1) == explore.STEPS).all()
+    assert np.abs(steps - explore.STEPS * p).max() < 1
+    np.testing.assert_array_equal(explore.unpack(explore.pack(steps), "<u2"), steps.ravel())
+
+
+def test_rectangles_are_every_cut_once():
+    n, seen = 5, [frozenset(map(tuple, explore.gone_of(r, 5).nonzero().tolist())) for r in explore.rectangles(5)]
+    corners = [(a, b, c, d) for a in range(n) for b in range(a, n) for c in range(n) for d in range(c, n)]
+    cells = [{(x, y) for x in range(a, b + 1) for y in range(c, d + 1) if y < x} for a, b, c, d in corners]
+    every = {frozenset((x, 2 * y + i) for x, y in part for i in (0, 1)) for part in cells if part}
+    assert len(seen) == len(set(seen)) and set(seen) == every
+
+
+class Without(DepthStream):
+    """The slots that `gone` (n_layer, n_slot) names are left out, or emptied: the definition, one slot at a time."""
+
+    def __init__(self, gone, emptied):
+        super().__init__("reference")
+        self.gone, self.emptied = gone, emptied
+
+    def read(self, layer):
+        k, v = super().read(layer)
+        gone = self.gone[layer.layer, : len(k)].tolist()
+        if self.emptied:
+            return k, [0 * x if cut else x for x, cut in zip(v, gone, strict=True)]
+        return tuple([x for x, cut in zip(part, gone, strict=True) if not cut] for part in (k, v))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("emptied", [False, True], ids=["removed", "emptied"])
+def test_cut_stream_is_a_model_without_these_slots(emptied):
+    torch.manual_seed(0)
+    model, idx = MoDA(SMALL).double(), torch.randint(SMALL.vocab_size, (1, 11))
+    for p in model.parameters():  # weights that matter
+        p.mul_(8 if p.dim() == 2 else 1)
+    rectangles = explore.rectangles(SMALL.n_layer)
+    gone = torch.stack([explore.gone_of(r, SMALL.n_layer) for r in rectangles])
+    together = model.hidden(idx.expand(len(gone), -1), explore.CutStream(gone, emptied))
+    uncut = model.hidden(idx)[0]
+    for one, cut in zip(together, gone, strict=True):
+        torch.testing.assert_close(one, model.hidden(idx, Without(cut, emptied))[0], rtol=0, atol=1e-12)
+        assert (one - uncut).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------- what is in the page
+
+
+def test_page_is_small_and_self_contained():
+    page = explore.PAGE.read_text(encoding="utf-8")
+    assert len(page.encode()) < 1_500_000
+    code = re.sub(r'<script id="data".*?</script>', "", page)
+    assert not re.search(
+        r"https?:|@import|url\(|<link (?!rel=\"icon\")|<img|src=|\bimport\b|fetch\(|XMLHttp|Socket", code
+    )
+    assert not re.search(r"__[A-Z]+__", code), "a placeholder is left"
+    assert "<noscript>" in code and "Trust HTML" in code
+
+
+def test_page_is_made_of_the_committed_sources():
+    assert explore.PAGE.read_text(encoding="utf-8") == explore.html(data=DATA), "run python notebooks/explore.py"
+
+
+def test_online_softmax_is_of_the_shipped_model(run):
+    ours = explore.how_data(*run)
+    assert [ours.pop(x) for x in ("names", "n_seq")] == [DATA["how"][x] for x in ("names", "n_seq")]
+    for name in ("z", "v"):
+        np.testing.assert_allclose(DATA["how"][name], ours[name], rtol=0, atol=2e-3)
+
+
+def split(where, steps):
+    """The weights in the page, one (n_head, t + 1 + n_slot) array a layer and query -> {(layer, t): array}."""
+    n_head, T, at, rows = where["n_head"], len(where["tokens"]) - 1, 0, {}
+    for layer, slots in enumerate(where["slots"]):
+        for t in range(T):
+            size = n_head * (t + 1 + len(slots))
+            rows[layer, t] = steps[at : at + size].reshape(n_head, -1).astype(int)
+            at += size
+    assert at == len(steps)
+    return rows
+
+
+def test_weights_and_predictions_are_the_shipped_models(run):
+    ours, theirs = explore.where_data(*run), DATA["where"]
+    steps = explore.unpack(theirs["weights"], "<u2")
+    assert np.abs(steps.astype(int) - explore.unpack(ours["weights"], "<u2")).max() <= 2  # rounding, elsewhere
+    assert all((row.sum(1) == explore.STEPS).all() for row in split(theirs, steps).values())
+    for name in ("tokens", "slots", "n_head"):
+        assert ours[name] == theirs[name]
+    for row, other in zip(ours["top"], theirs["top"], strict=True):
+        np.testing.assert_allclose([p for _, p in row], [p for _, p in other], rtol=0, atol=2e-3)
+        assert row[0][0] == other[0][0]
+
+
+def test_findings_are_true():
+    where = DATA["where"]
+    rows, tokens = split(where, explore.unpack(where["weights"], "<u2")), where["tokens"]
+    source = (explore.NOTEBOOKS / "page" / "where.html").read_text(encoding="utf-8")
+
+    def weight(layer, head, t, of):
+        assert f"{{ layer: {layer}, head: {head}, t: {t} }}" in source
+        column = of if isinstance(of, int) else t + 1 + where["slots"][layer].index(of)
+        return rows[layer, t][head][column] / explore.STEPS
+
+    assert tokens[30] == " with" and weight(14, 0, 30, "ffn 3") > 0.9
+    assert weight(7, 0, 32, "attn 0") > 0.9
+    assert tokens[13] == tokens[19] == where["top"][18][0][0] == " path" and weight(2, 0, 18, 13) > 0.7
+    assert tokens[45].isspace() and tokens[47:49] == [" OSError", ":\n"] and weight(6, 0, 48, 45) > 0.8
+
+
+def test_cuts_are_of_the_shipped_model(run):
+    model, plug = run[0], DATA["plug"]
+    ids, rectangles, kinds = explore.token_ids(run[1]), explore.rectangles(N_LAYER), explore.kinds_gone(N_LAYER)
+    assert plug["kinds"] == list(kinds) and plug["tokens"] == DATA["where"]["tokens"]
+    n_case, T = 1 + len(rectangles) + len(kinds), len(ids) - 1
+    loss, rank, p = explore.unpack(plug["cases"], np.uint8).reshape(3, T, 2, n_case).astype(int)
+    some = [0, *range(1, n_case, 997), *range(n_case - len(kinds), n_case)]
+    gone = [torch.zeros(N_LAYER, 2 * (N_LAYER - 1), dtype=torch.bool)]
+    gone += [explore.gone_of(rectangle, N_LAYER) for rectangle in rectangles] + list(kinds.values())
+    texts = explore.spell(run[1])
+    for how, emptied in enumerate((False, True)):
+        ours = explore.cut(model, ids, torch.stack([gone[i] for i in some]), emptied)
+        assert np.abs(ours[0].T - loss[:, how, some]).max() <= 1
+        assert np.abs(ours[2].T - p[:, how, some]).max() <= 1
+        theirs = [[plug["guesses"][t][i] for t, i in enumerate(rank[:, how, case])] for case in some]
+        same = np.array([[texts[i] for i in row] for row in ours[1].tolist()]) == np.array(theirs)
+        assert same.mean() > 0.99  # all but ties, elsewhere
+
+
+# -------------------------------------------------------------------------------------------------- in a real browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium that starts here: {error.message.splitlines()[0]}")
+        yield browser
+        browser.close()
+
+
+def opened(browser, path=explore.PAGE, width=1440, **options):
+    """The page, with the list of all that went wrong in it."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+    page.wrong = []
+    page.on("console", lambda message: page.wrong.append(message.text))
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith((path.as_uri(), "data:", "blob:"))
+            else page.wrong.append(request.url))  # fmt: skip
+    page.goto(path.as_uri())
+    page.wait_for_selector("#where-map button")
+    return page
+
+
+def fits(page):
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [420, 1440])
+def test_every_control_works(browser, width, scheme):
+    """Every button is clicked, every slider goes from end to end, and the page stays whole, and within its width."""
+    page = opened(browser, width=width, color_scheme=scheme)
+    page.wait_for_selector("#plug-triangle .cut")
+    for button in page.query_selector_all("button:visible"):
+        if button.is_enabled():
+            button.click()
+    for slider in page.query_selector_all("input[type=range]:visible"):
+        for key in ("Home", "ArrowRight", "End"):
+            slider.press(key)
+            assert fits(page)
+    for t in range(len(DATA["where"]["tokens"]) - 1):
+        page.evaluate(f"document.querySelectorAll('#where-text > span')[{t}].click()")
+        shares = re.findall(r"(\d+\.\d)%", " ".join(page.locator("#where-says b").all_inner_texts()))
+        assert len(shares) == 3
+        assert sum(int(share.replace(".", "")) for share in shares) == 1000
+    assert fits(page) and not page.wrong
+    page.close()
+
+
+def test_keyboard_reaches_everything(browser):
+    page = opened(browser)
+    page.wait_for_selector("#plug-triangle .cut")
+    reached = set()
+    page.focus("nav a")
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.closest('[id]')?.id"))
+    assert reached >= {
+        *("why-layers", "why-sharp", "why-strip", "what-grid", "what-modes", "what-bars", "what-play", "what-moment"),
+        *("how-back", "how-on", "how-flash", "how-keys", "where-findings", "where-map", "where-text", "where-link"),
+        *("plug-triangle", "plug-presets", "plug"),
+    }
+    before = page.inner_text("#where-says")
+    page.focus("h1 + p + nav a")
+    page.keyboard.press("ArrowRight")  # no arrow is taken where nothing asks for it
+    assert page.inner_text("#where-says") == before
+    page.focus("#where-text [aria-checked=true]")
+    page.keyboard.press("ArrowRight")
+    assert "token 31" in page.inner_text("#where-says")
+    page.close()
+
+
+def test_a_link_opens_its_state(browser):
+    page = opened(browser)
+    page.goto(explore.PAGE.as_uri() + "#layer=7&head=4&token=12")
+    assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
+    page.goto(explore.PAGE.as_uri() + "#layer=99&head=4&token=12")  # no such layer: stays
+    assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
+    page.close()
+
+
+def test_flash_attention_and_one_by_one_agree(browser):
+    page, n = opened(browser), len(DATA["how"]["z"])
+    states = []
+    for button in ("#how-back", "#how-flash"):
+        page.click(button)
+        while page.is_enabled("#how-on"):
+            page.click("#how-on")
+        states.append(page.eval_on_selector_all("#how-output i", "all => all.map(e => e.style.height)"))
+        assert f"{n} of {n} keys" in page.inner_text("#how-says")
+        assert float(re.search(r"differ by (\S+),", page.inner_text("#how-says"))[1]) < 1e-12
+    assert states[0] == states[1]
+    p = np.exp(DATA["how"]["z"])
+    answer = p / p.sum() @ np.array(DATA["how"]["v"])
+    shown = np.array([float(x.rstrip("%")) for x in states[0]])
+    np.testing.assert_allclose(shown / shown.max(), np.abs(answer) / np.abs(answer).max(), atol=1e-4)
+    page.close()
+
+
+def test_dragging_over_the_triangle_cuts(browser):
+    page = opened(browser)
+    page.wait_for_selector("#plug-triangle .cut")
+    page.locator("#plug-triangle").scroll_into_view_if_needed()
+
+    def drag(start, end):
+        """From one cell, (reader, source), to the other's height and column, which may lie outside the triangle."""
+        cell = "[data-tip^='layer {} without the slots of layer {}:']"
+        rows = [page.locator(cell.format(reader, 0)).bounding_box() for reader, _ in (start, end)]
+        columns = [page.locator(cell.format(N_LAYER - 1, source)).bounding_box() for _, source in (start, end)]
+        points = [(x["x"] + x["width"] / 2, y["y"] + y["height"] / 2) for x, y in zip(columns, rows, strict=True)]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        page.mouse.move(*points[1])
+        page.mouse.up()
+        return page.inner_text("#plug-says")
+
+    assert drag((5, 2), (3, 14)) == "Layers 3 to 5 cannot read the slots of layers 2 to 4."
+    assert drag((15, 10), (1, 12)) == "Layers 11 to 15 cannot read the slots of layers 10 to 12."
+    assert drag((15, 2), (9, 6)) == "Layers 9 to 15 cannot read the slots of layers 2 to 6."
+    number = 1 + explore.rectangles(N_LAYER).index((9, 15, 2, 6))
+    loss = explore.unpack(DATA["plug"]["cases"], np.uint8).reshape(3, len(DATA["plug"]["tokens"]) - 1, 2, -1)[0] * 0.05
+    for how, shown in enumerate(page.eval_on_selector_all("#plug-costs b", "all => all.map(e => e.textContent)")):
+        want = (loss[:, how, number] - loss[:, 0, 0]).mean()
+        assert float(shown.replace("−", "-")) == pytest.approx(want, abs=6e-4)
+    page.focus("#plug-triangle")
+    page.keyboard.press("Escape")
+    assert "Nothing is cut" in page.inner_text("#plug-says")
+    assert not page.wrong
+    page.close()
+
+
+STRANGE = """#: </script><!-- "quotes" & 'more' é 漢字 🙂
+################################################################
+\tx = {"a": 1}\r\n\n\n                                                             y = 2
+"""
+
+
+@pytest.mark.parametrize("width", [420, 1440])
+def test_strange_tokens(browser, run, tmp_path, monkeypatch, width):
+    """Long ones, line breaks, part of a character, what looks like the end of the script."""
+    monkeypatch.setattr(explore, "TEXT", STRANGE)
+    path = tmp_path / "strange.html"
+    data = {"where": explore.where_data(*run)}
+    path.write_text(explore.html("where", data=data), encoding="utf-8")
+    assert max(map(len, data["where"]["tokens"])) >= 32 and any("\ufffd" in x for x in data["where"]["tokens"])
+    page = opened(browser, path, width)
+    T = len(data["where"]["tokens"]) - 1
+    assert len(page.query_selector_all("#where-text > span")) == T
+    page.evaluate("[...document.querySelectorAll('#where-text > span')].at(-1).click()")
+    assert f"token {T - 1} " in page.inner_text("#where-says")
+    assert fits(page) and not page.wrong
+    page.close()
+
+
+def test_notebooks_embed_a_section_at_its_height(browser, tmp_path):
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<meta charset=utf-8><body>{explore.embed('where').data}", encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    page.goto(path.as_uri())
+    frame = page.query_selector("iframe").content_frame()
+    frame.wait_for_selector("#where-map button")
+    assert frame.eval_on_selector_all("section", "all => all.map(e => e.id)") == ["where"]
+    for width in (1000, 420):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_function("document.querySelector('iframe').offsetHeight === "
+                               "document.querySelector('iframe').contentDocument.body.offsetHeight")  # fmt: skip
+        assert fits(frame) and frame.evaluate("document.body.offsetHeight") > 800
+    frame.click("#where-findings button >> nth=1")  # no address to change here, and no error
+    assert "Layer 7" in frame.inner_text("#where-says")
+    page.close()
+
+
+def test_without_scripts_it_says_what_to_do(browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(explore.PAGE.as_uri())
+    assert "Trust HTML" in page.inner_text("main")
+    context.close()
