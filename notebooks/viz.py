@@ -152,7 +152,7 @@ def decoding_grid(ax, sublayers, tokens, t):
 
 
 def moda_figure():
-    """MoDA at a glance: what dilution is, what a query of layer 3 reads instead, and the one softmax over both."""
+    """MoDA at a glance: what a layer writes, what a query of layer 3 reads, and the one softmax over both."""
     fig = plt.figure(figsize=(9, 5.5), layout="none", facecolor="white")
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 9), ylim=(0, 5.5))
     ax.axis("off")
@@ -168,21 +168,33 @@ def moda_figure():
     cell, bottom = 0.36, 2.27
     row = [bottom + i * cell for i in range(len(slots) + 1)]  # one a sublayer, the reading one on top
 
-    # what each sublayer leaves behind, at one position: a share of a sum, or a slot
-    left, width, depth_left, side = 0.85, 1.35, 2.5, 0.25
-    text(left, 5.26, "residual stream", 12, ha="left", weight="bold")
-    text(left, 5.02, "a share of one sum", ha="left", color=GREY)
-    text(depth_left, 5.26, "depth stream", 12, ha="left", weight="bold")
-    text(depth_left, 5.02, "a slot of its own", ha="left", color=GREY)
-    for i, name in enumerate(slots):
-        text(left - 0.12, row[i] + cell / 2, name, ha="right", color=shade(slot_color(name)))
-        for j, source in enumerate(slots[: i + 1]):
-            color = tint(slot_color(source), 1 if j == 0 else 0.25)
-            box(left + j * width / (i + 1), row[i] + 0.04, width / (i + 1), cell - 0.08, color)
-            box(depth_left + j * side, row[i] + 0.04, side, cell - 0.08, color)
-    text(left, row[-1] + cell / 2, "attn 0: 1/6", ha="left", color=shade(ATTN))
-    text(depth_left, row[-1] + cell / 2, "attn 0: whole", ha="left", color=shade(ATTN))
-    text(left, bottom - 0.19, "position $t$; all writes drawn equally large", ha="left", color=GREY)
+    # where the keys and values of layer l are tapped: from what each sublayer reads
+    stream, slot_x = 0.45, 3.7
+    text(0.3, 5.26, r"layer $\ell$ writes two slots", 12, ha="left", weight="bold")
+    text(0.3, 5.02, "keys and values of what a sublayer reads", ha="left", color=GREY)
+    ax.annotate("", (stream, 4.86), (stream, 2.2), arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 4})
+    text(stream - 0.17, 3.4, "residual stream", rotation=90, color=GREY)
+
+    def arrow(*points, color=INK):
+        xs, ys = zip(*points, strict=True)
+        ax.plot(xs, ys, color=color, linewidth=1.4, solid_joinstyle="round", zorder=1)
+        ax.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.4})
+
+    for y, name, slot in [(2.5, "attention", r"attn $\ell$"), (3.75, "FFN", r"ffn $\ell$")]:
+        color = slot_color(slot)
+        arrow((stream, y), (2.15, y))
+        arrow((1.25, y), (1.25, y + 0.27))
+        arrow((1.25, y + 0.62), (1.25, y + 0.85), (stream + 0.05, y + 0.85))
+        box(0.75, y + 0.25, 1.0, 0.4, PALE)
+        text(1.25, y + 0.45, name)
+        box(2.15, y - 0.2, 0.9, 0.4, tint(color, 0.35))
+        text(2.6, y, "$W_K, W_V$")
+        arrow((3.05, y), (slot_x, y), color=shade(color))
+        box(slot_x, y - 0.2, 0.8, 0.4, color)
+        text(slot_x + 0.4, y, slot, color=INK)
+    arrow((2.6, 2.7), (2.6, 2.95), (1.77, 2.95))
+    text(2.68, 2.98, "its own row", ha="left", color=SEQUENCE)
+    text(slot_x + 0.4, 3.12, "depth\nstream", color=GREY)
 
     # what the query reads: its row of sequence KV, its column of depth KV
     x0, w = 5.22, 0.58
@@ -199,6 +211,9 @@ def moda_figure():
             text(x0 + (j + 0.5) * w - 0.02, row[-1] + cell / 2, f"$k_{'t' if j == t else j}$", 12, color="white")
         text(x0 + (j + 0.5) * w - 0.02, bottom - 0.19, token, weight="bold" if j == t else "normal")
     text(x0 - 0.12, row[-1] + cell / 2, f"layer {layer}", ha="right", color=SEQUENCE)
+
+    ax.annotate("", (8.75, row[-1]), (8.75, row[0]), arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 1.4})
+    text(8.87, row[3], "order of writing", rotation=90, color=GREY)
 
     # one softmax over both; the weights are made up
     logits = [0.9, -0.6, 0.3, -0.9, 0.6, 1.6, -0.5, 0.2, 0.9, -0.9, 0.5]
