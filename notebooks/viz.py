@@ -1,20 +1,23 @@
 """Drawing shared by the notebooks. `python notebooks/viz.py` draws the README's figure, notebooks/moda.png.
 
 One palette (Okabe and Ito's, told apart by colour-blind readers). Where attention is drawn, blue is the sequence,
-orange an attention slot, green an FFN slot, red the boundary of [sequence | depth]; where models are compared, blue or
-ink is plain, and orange, or orange and green, MoDA. In grey print blue is the darkest and orange the lightest.
+orange an attention slot, green an FFN slot, red the boundary of [sequence | depth]. Where models are compared, blue is
+the baseline, orange row 3, vermillion MoDA with all slots. In grey print blue is the darkest and orange the lightest.
 """
 
+import os
 from math import exp
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patches import Rectangle
 
 SEQUENCE, ATTN, FFN, BOUNDARY = "#0072B2", "#E69F00", "#009E73", "#D81E2C"
 INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
+BASELINE, ROW_3, MODA = SEQUENCE, ATTN, "#D55E00"  # where models are compared
 OTHER = "#CC79A7"  # a fourth series, where one is needed
 HEAT = LinearSegmentedColormap.from_list("heat", ["#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B"])
 
@@ -42,6 +45,14 @@ def use_style():
             "hatch.linewidth": 0.8,
         }
     )
+
+
+def claim(text, *conditions):
+    """Print a finding with a tick if all conditions hold, each a bool or a tensor of bools, else that it is not in this
+    run. Under pytest, where the run is the shipped one, AssertionError instead."""
+    holds = all(bool(torch.as_tensor(condition).all()) for condition in conditions)
+    assert holds or "PYTEST_CURRENT_TEST" not in os.environ, text
+    print("✓" if holds else "✗ not in your run:", text)
 
 
 def tint(color, amount):
