@@ -2,9 +2,9 @@
 
 FlashAttention returns an output and a log-sum-exp. That pair IS a state of the online softmax: running maximum lse,
 denominator 1, accumulator o. A loop over more keys, here the depth slots, simply goes on from it. The backward needs
-even less. It recomputes P = exp(z - lse) and delta = rowsum(do * o) from the o and lse it is GIVEN: give it the joint o
-and lse of [sequence | depth], and the dq, dk, dv it returns are the sequence half of MoDA's gradients. PyTorch merges
-attention over several devices in the same way (torch/distributed/tensor/experimental/_context_parallel).
+even less. It recomputes P = exp(z - lse) and delta = rowsum(do * o) from the o and lse it is GIVEN. So give it the
+joint o and lse of [sequence | depth]. The dq, dk, dv that it returns are then the sequence half of MoDA's gradients.
+PyTorch merges attention over several devices in the same way (torch/distributed/tensor/experimental/_context_parallel).
 
 kernel.py needs `has_fused`, `sequence_forward` and `sequence_backward`. Shapes as there.
 """

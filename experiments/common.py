@@ -48,8 +48,8 @@ def relative_error(x, ref):
 
 
 def flops(config, T):
-    """Floating-point operations of one forward pass over T tokens (paper, Table 3): 2 per multiply-add, the full T x T
-    attention not halved for causality, LM head counted, norms and other elementwise work not. Needs no weights."""
+    """Floating-point operations of one forward pass over T tokens (paper, Table 3). A multiply-add counts as 2. The T x T
+    attention is not halved for causality. The LM head counts, norms and other elementwise work do not."""
     c, kv_dim = config, config.n_kv_head * config.head_dim
     layer = 2 * c.n_embd**2 + 2 * c.n_embd * kv_dim + 3 * c.n_embd * c.hidden  # wq, wo, wk, wv, SwiGLU
     projected = ["attn"] * c.attn_kv + ["ffn"] * c.ffn_kv  # slots with a projection of their own

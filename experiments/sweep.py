@@ -3,10 +3,12 @@
     python -m experiments.sweep --tokens 64 --gpus 0 1 --each 2 --minutes 60
 
 For each row the learning rate is searched with seed 0, on a grid of factor sqrt(2), until both neighbours of the best
-are worse; then come the other seeds at it, and half the warmup. "longer" and "longer3" take plain's setting. Runs are
-those of replicate.py: what is in its results is not run again, and what the time cut off goes on at the next call.
---each: runs that share a GPU, which small models gain from under NVIDIA MPS (nvidia-cuda-mps-control -d, started
-before). --minutes: then the runs are stopped, each after saving. Needs the text's tokens in runs/: see texts.py.
+are worse. Then come the other seeds at the best rate, then half the warmup. The rows "longer" and "longer3" take
+plain's setting. Each run is one of replicate.py: it is not repeated once its line is in the results, and after a cut it
+goes on where it was. The text's tokens must lie in runs/: see texts.py.
+
+One run has a GPU to itself, unless --each says otherwise. Two on an H100 under NVIDIA MPS (nvidia-cuda-mps-control -d)
+took 1.7 times as long as one. With --minutes, the runs still going are saved and stopped.
 """
 
 import argparse
