@@ -48,7 +48,7 @@ def relative_error(x, ref):
 
 
 def flops(config, T):
-    """Floating-point operations of one forward pass over T tokens (paper, Table 3). A multiply-add counts as 2. The T x T
+    """Floating-point operations of one forward pass over T tokens (paper, Table 3). A multiply-add counts as 2. T x T
     attention is not halved for causality. The LM head counts, norms and other elementwise work do not."""
     c, kv_dim = config, config.n_kv_head * config.head_dim
     layer = 2 * c.n_embd**2 + 2 * c.n_embd * kv_dim + 3 * c.n_embd * c.hidden  # wq, wo, wk, wv, SwiGLU

@@ -7,8 +7,8 @@ are worse. Then come the other seeds at the best rate, then half the warmup. The
 plain's setting. Each run is one of replicate.py: it is not repeated once its line is in the results, and after a cut it
 goes on where it was. The text's tokens must lie in runs/: see texts.py.
 
-One run has a GPU to itself, unless --each says otherwise. Two on an H100 under NVIDIA MPS (nvidia-cuda-mps-control -d)
-took 1.7 times as long as one. With --minutes, the runs still going are saved and stopped.
+One run has a GPU to itself, unless --each says otherwise. Sharing one gains little on an H100, even under NVIDIA MPS
+(nvidia-cuda-mps-control -d). With --minutes, the runs still going are saved and stopped.
 """
 
 import argparse
