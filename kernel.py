@@ -176,9 +176,9 @@ def _softmax_step(z, v, m, acc, o):
 def _forward_kernel(
     q, k, v, depth_k, depth_v, o, lse,  # pointers; o and lse are read too, if CONTINUE
     q_stride, k_stride, v_stride, depth_k_stride, depth_v_stride, o_stride,  # without the last dimension, whose is 1
-    T_q, T_kv, n_slot, scale_log2,
+    T_q, T_kv, n_slot, n_skipped, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,  # D: head_dim rounded up to a power of two
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CONTINUE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CONTINUE: tl.constexpr, N_FIRST: tl.constexpr,
 ):  # fmt: skip
     """The paper's Algorithm 1: sequence keys without mask, boundary keys with the causal mask, depth slots with the
     same-token mask, all into one state (m, acc, o). With CONTINUE the state is FlashAttention's, and only the third
@@ -233,6 +233,8 @@ def _forward_kernel(
     for start in range(0, n_slot * BLOCK_T, BLOCK_N):  # (3) the depth slots
         slot, source = ((start + col) // BLOCK_T).to(tl.int64), (t0 + (start + col) % BLOCK_T).to(tl.int64)
         seen = (slot < n_slot) & (source < T_q)
+        if N_FIRST:
+            slot += tl.where(slot < N_FIRST, 0, n_skipped)
         in_k, in_v = in_dim[:, None] & seen[None, :], in_dim[None, :] & seen[:, None]
         k_col = k_slots + slot * depth_k_stride[0] + source * depth_k_stride[3]
         v_col = v_slots + slot * depth_v_stride[0] + source * depth_v_stride[3]
@@ -251,9 +253,9 @@ def _backward_kernel(
     do, q, depth_k, depth_v, o, lse,  # pointers
     dq, delta, ddepth_k, ddepth_v,  # pointers to results; dq holds the sequence half already
     do_stride, q_stride, depth_k_stride, depth_v_stride, o_stride, dq_stride, ddepth_k_stride, ddepth_v_stride,
-    T_q, n_slot, scale, scale_log2,
+    T_q, n_slot, n_skipped, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, N_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the depth half, in one pass over the slots: a slot's K and V at a token are read by that token's
     own rows only, all of them in this program, so dK and dV are finished and stored as they are met, with no atomics,
@@ -285,6 +287,8 @@ def _backward_kernel(
     for start in range(0, n_slot * BLOCK_T, BLOCK_N):
         slot, source = ((start + col) // BLOCK_T).to(tl.int64), (t0 + (start + col) % BLOCK_T).to(tl.int64)
         seen = (slot < n_slot) & (source < T_q)
+        if N_FIRST:
+            slot += tl.where(slot < N_FIRST, 0, n_skipped)
         in_kv = seen[:, None] & in_dim[None, :]
         k_col = k_slots + slot * depth_k_stride[0] + source * depth_k_stride[3]
         v_col = v_slots + slot * depth_v_stride[0] + source * depth_v_stride[3]
@@ -322,9 +326,10 @@ def _launch(kernel, q, n_kv_head, rows, cols, args, n_reader=1, **meta):
         kernel[grid](*args, **(sizes | meta))
 
 
-def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=128):
+def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=128, skip=(0, 0)):
     """The joint (o, lse). Given the sequence half's as `state`, it goes on from there over the slots, in place; else it
-    is the whole of Algorithm 1, `rows` rows a program (fewer where they would not fit)."""
+    is the whole of Algorithm 1, `rows` rows a program (fewer where they would not fit). skip: (n_first, n_skipped), to
+    leave out n_skipped slots after the first n_first."""
     if state is None:
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         # float32 has no tensor cores: it is for checking, and large tiles take minutes to compile
@@ -335,21 +340,25 @@ def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=1
         depth_k = depth_v = k[None, ..., :0, :][:0]  # no slots
     (o,), lse = _readable(o), lse.contiguous()
     strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
-    args = (q, k, v, depth_k, depth_v, o, lse, *strides, q.shape[2], k.shape[2], len(depth_k), scale / math.log(2))
-    meta = {"CAUSAL": causal, "CONTINUE": state is not None, "num_warps": 8 if rows >= 128 else 4}
+    n_first, n_skipped = skip
+    args = (q, k, v, depth_k, depth_v, o, lse, *strides)
+    args += (q.shape[2], k.shape[2], len(depth_k) - n_skipped, n_skipped, scale / math.log(2))
+    meta = {"CAUSAL": causal, "CONTINUE": state is not None, "N_FIRST": n_first, "num_warps": 8 if rows >= 128 else 4}
     _launch(_forward_kernel, q, k.shape[1], rows, 64, args, **meta)
     return o, lse
 
 
-def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, slots=True):
-    """Adds the depth part to dq in place -> (ddepth_k, ddepth_v); without `slots`: delta (B, n_head, T_q)."""
+def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, slots=True, skip=(0, 0)):
+    """Adds the depth part to dq in place -> (ddepth_k, ddepth_v); without `slots`: delta (B, n_head, T_q). skip: as
+    above; what it leaves out of ddepth_k and ddepth_v is not written."""
     grads = _readable(torch.empty_like(depth_k), torch.empty_like(depth_v)) if slots else (dq[None], dq[None])  # unused
     delta, n_kv_head = torch.empty_like(lse), depth_k.shape[2]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, *grads)]
     args = (do, q, depth_k, depth_v, o, lse, dq, delta, *grads, *strides)
-    args += (q.shape[2], len(depth_k), scale, scale / math.log(2))
+    n_first, n_skipped = skip
+    args += (q.shape[2], len(depth_k) - n_skipped, n_skipped, scale, scale / math.log(2))
     cols, num_warps = (64, 4) if q.shape[1] // n_kv_head <= 8 else (32, 2)  # wider is slower with 16 heads and more
-    _launch(_backward_kernel, q, n_kv_head, rows, cols, args, SLOTS=slots, num_warps=num_warps)
+    _launch(_backward_kernel, q, n_kv_head, rows, cols, args, SLOTS=slots, N_FIRST=n_first, num_warps=num_warps)
     return grads if slots else delta
 
 
@@ -415,8 +424,9 @@ def _why_not_triton(q):
     return "it takes a GPU of compute capability 8.0 or more" if old else None
 
 
-def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl):
-    """(o, lse) as `moda_attention`, without autograd, for what it has checked; depth_k, depth_v: lists, see above."""
+def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl, skip=(0, 0)):
+    """(o, lse) as `moda_attention`, without autograd, for what it has checked; depth_k, depth_v: lists, see above.
+    skip: as in `_forward_triton`, for impl="triton"."""
     q_read, k, v, depth_k, depth_v = _readable(q, k, v, _stacked(depth_k), _stacked(depth_v))
     with _full_precision(q):
         if impl == "fused":
@@ -426,7 +436,7 @@ def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl):
             if depth_k is not None and impl == "torch":
                 o, lse = _depth_forward_torch(q_read, depth_k, depth_v, o, lse, scale)
             elif depth_k is not None:
-                o, lse = _forward_triton(q_read, k, v, depth_k, depth_v, causal, scale, (o, lse))
+                o, lse = _forward_triton(q_read, k, v, depth_k, depth_v, causal, scale, (o, lse), skip=skip)
     return laid_out(o, q), lse.contiguous()
 
 

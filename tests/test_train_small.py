@@ -530,7 +530,7 @@ def test_a_run_of_another_version(whole, tmp_path, part, change):
         (["--top-k", "few"], "--top-k: invalid int value"),
         (["--steps", "none"], "--steps: invalid int value"),  # only what is optional takes none
         (["--n-kv-head", "3"], "n_head .*n_kv_head"),
-        (["--no-depth-kv"], "ffn_kv, attn_kv and depth_window need depth_kv=True"),
+        (["--no-depth-kv"], "ffn_kv, attn_kv, depth_window and depth_every need depth_kv=True"),
         (["--no-depth-kv", "--no-ffn-kv", "--compare"], "--compare needs depth_kv"),
         (["--vocab-size", "256"], "vocab_size must be at least 257"),
         (["--grad-accum", "3"], "batch_size .* multiple"),
