@@ -18,6 +18,12 @@ ROWS = {  # of the paper's Table 3, and variants: what it is, and a function tha
     "window4": ("row4, the last 4 slots", partial(replace, depth_window=4)),
     "window8": ("row4, the last 8 slots", partial(replace, depth_window=8)),
     "window16": ("row4, the last 16 slots", partial(replace, depth_window=16)),
+    "first1window4": ("row4, the first slot and the last 4", partial(replace, depth_first=1, depth_window=4)),
+    "first1window8": ("row4, the first slot and the last 8", partial(replace, depth_first=1, depth_window=8)),
+    "every2": ("row4, every 2nd layer reads", partial(replace, depth_every=2)),
+    "every4": ("row4, every 4th layer reads", partial(replace, depth_every=4)),
+    "row3every2": ("row3, every 2nd layer reads", partial(replace, ffn_kv=False, depth_every=2)),
+    "row3every4": ("row3, every 4th layer reads", partial(replace, ffn_kv=False, depth_every=4)),
     "norope": ("row4, depth keys not rotated", partial(replace, depth_rope=False)),
     "noqknorm": ("row4 without QK-norm", partial(replace, qk_norm=False)),
 }
