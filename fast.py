@@ -171,7 +171,7 @@ class FastDepthStream(PortableStream):
         if kv is None or (self.finished and self.checkpoint):
             return
         DepthStream.write(self, layer, kind, ())  # notes that it is written; what is written lies in the buffers
-        number = layer.first_slot + (kind == "ffn")
+        number = layer.first_slot + layer.config.slot_kinds.index(kind)
         if torch.is_grad_enabled():
             self.chain = Write.apply(*kv, self.chain, self.buffers, number)
         else:

@@ -43,6 +43,7 @@ class MoDAConfig:
     depth_kv: bool = True  # queries also read earlier layers' slots; attention's slot is its own sequence K and V
     ffn_kv: bool = True  # the FFN writes a slot too, projected from its input
     attn_kv: bool = False  # attention's slot has a K, V projection of its own
+    attn_slot: bool = True  # attention writes a slot; False: the FFN alone does
     depth_rope: bool = True  # rotate depth keys like queries: the two cancel, and the depth logit is of content alone
     depth_window: int | None = None  # read only the most recent N slots (paper, section 6.2); None: all
     depth_first: int = 0  # beside the window, read the first N too
@@ -64,6 +65,8 @@ class MoDAConfig:
             raise ValueError(f"depth_first must be at least 0, and needs depth_window, got {self.depth_first}")
         if not self.depth_kv and (self.ffn_kv or self.attn_kv or self.depth_window or self.depth_every > 1):
             raise ValueError("ffn_kv, attn_kv, depth_window and depth_every need depth_kv=True; plain(config) has none")
+        if not self.attn_slot and (self.attn_kv or not self.ffn_kv):
+            raise ValueError("attn_slot=False leaves the FFN's slots alone: it needs ffn_kv=True and attn_kv=False")
 
     @property
     def head_dim(self):
@@ -77,7 +80,7 @@ class MoDAConfig:
     def slot_kinds(self):
         """The sublayers that write slots, in order. Slots are numbered as they are written: 0 is "attn 0", 1 "ffn 0",
         2 "attn 1", ...; slot_kinds[i] of layer l has the number l * len(slot_kinds) + i."""
-        return ("attn",) * self.depth_kv + ("ffn",) * self.ffn_kv
+        return ("attn",) * (self.depth_kv and self.attn_slot) + ("ffn",) * self.ffn_kv
 
     def slots_read(self, layer):
         """The numbers of the slots that layer `layer`, from 0, reads, oldest first."""
@@ -100,7 +103,8 @@ class MoDAConfig:
 
 def plain(config):
     """The same shape without depth: the baseline, row 1 of the paper's Table 3."""
-    return replace(config, depth_kv=False, ffn_kv=False, attn_kv=False, depth_window=None, depth_first=0, depth_every=1)
+    off = {"depth_kv": False, "ffn_kv": False, "attn_kv": False, "attn_slot": True}
+    return replace(config, **off, depth_window=None, depth_first=0, depth_every=1)
 
 
 PRESETS = {
@@ -121,9 +125,8 @@ class DepthStream:
     What a slot is made of: a key and a value for each position, (B, n_kv_head, T, head_dim) both, projected from what a
     sublayer READS, never from what it adds to the residual stream. "attn 3" is, by default, the K and V that attention
     of layer 3 makes for its own sequence, used a second time. "ffn 3" is one more projection, of the FFN's input.
-    Who writes it: its sublayer, once, if a later layer will read it. Who reads it: every later layer, unless the config
-    says otherwise. A query at position t reads the slots of position t alone. Of earlier tokens it sees the sequence K
-    and V of its own layer, as in any Transformer.
+    Who reads it: every later layer, unless the config says otherwise; what nobody reads is not written. A query reads
+    its own position's slots alone. Of earlier tokens it sees its layer's sequence K and V, as in any Transformer.
 
     So the stream is gone when the forward pass is over, and decoding needs no second cache: a token's slots are only
     read while that same token passes through the layers above. A Block calls `write` and `attend`, which calls `read`.
@@ -137,7 +140,7 @@ class DepthStream:
         """Keep what `kind` ("attn" or "ffn") of this layer wrote: kv is (k, v), or None if nobody will read it.
         RuntimeError for a second write: a layer that runs twice would leave the wrong slot or lose gradients."""
         if kv is not None:
-            number = layer.first_slot + (kind == "ffn")
+            number = layer.first_slot + layer.config.slot_kinds.index(kind)
             if number in self.slots:
                 raise RuntimeError(f"slot {number} is written twice. Checkpointing? FastMoDA(config, checkpoint=True)")
             self.slots[number] = kv
@@ -297,9 +300,8 @@ class Block(nn.Module):
 class MoDA(nn.Module):
     """Decoder-only language model: RMSNorm, rotary positions, QK-norm, SwiGLU, grouped queries, tied embedding.
 
-    impl: which implementation of the attention to use, see `kernel.moda_attention`.
-    On a GPU this is right but slow: every layer stacks all the slots that it reads, forward and again backward.
-    `fast.FastMoDA` is the same model, with the same weights, and reads them in place."""
+    impl: see `kernel.moda_attention`. On a GPU this is right but slow: every layer stacks all the slots that it reads,
+    forward and again backward. `fast.FastMoDA` is the same model, with the same weights, and reads them in place."""
 
     def __init__(self, config, impl=None):
         super().__init__()
@@ -326,8 +328,7 @@ class MoDA(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None, positions with -1 are left out.
-        Returns (logits (B, T, vocab_size), mean cross-entropy in nats per token or None). Raises ValueError for what is
-        not (B, T) ids, for too many of them, and for targets of another shape."""
+        Returns (logits (B, T, vocab_size), mean cross-entropy in nats a token or None). ValueError for wrong shapes."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of idx {tuple(idx.shape)}")
         return self.head(self.hidden(idx), targets)
@@ -365,8 +366,7 @@ class MoDA(nn.Module):
         """Continue idx (B, T) by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
         temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. When the context
         outgrows block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a
-        cache: a sliding cache would not equal the model without one, as later layers' keys carry what was dropped.
-        Raises ValueError for an empty prompt, ids that are not integers, and arguments out of range."""
+        cache: a sliding one would differ, as later layers' keys carry what was dropped. ValueError for wrong input."""
         if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
             raise ValueError(f"need temperature from 0 to 1000, max_new_tokens >= 0 and top_k >= 1 or None, {got}")

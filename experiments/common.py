@@ -18,6 +18,8 @@ ROWS = {  # of the paper's Table 3, and variants: what it is, and a function tha
     "window4": ("row4, the last 4 slots", partial(replace, depth_window=4)),
     "window8": ("row4, the last 8 slots", partial(replace, depth_window=8)),
     "window16": ("row4, the last 16 slots", partial(replace, depth_window=16)),
+    "ffn": ("the FFN's slots alone", partial(replace, attn_slot=False)),
+    "ffnevery2": ("the FFN's slots alone, every 2nd layer reads", partial(replace, attn_slot=False, depth_every=2)),
     "first1window4": ("row4, the first slot and the last 4", partial(replace, depth_first=1, depth_window=4)),
     "first1window8": ("row4, the first slot and the last 8", partial(replace, depth_first=1, depth_window=8)),
     "every2": ("row4, every 2nd layer reads", partial(replace, depth_every=2)),

@@ -67,7 +67,7 @@ def naive_model(model, idx):
         if c.norm == "post":
             x = rms_norm(x, f"{block}.attn_norm")
         unread = (torch.full_like(k, float("nan")),) * 2
-        if c.depth_kv and i + 1 < c.n_layer:
+        if c.depth_kv and c.attn_slot and i + 1 < c.n_layer:
             if not c.attn_kv:  # reuse the sequence KV
                 stream[f"attn {i}"] = slot(h, attn, "kv")
             else:
@@ -242,6 +242,8 @@ SCHEDULE = [  # of 5 layers: variant, the slots that layer 3 reads, those with a
     ({**ROWS[4], "depth_window": 99}, ALL[:6], FFN),
     ({**ROWS[5], "depth_window": 1}, ["ffn 2"], FFN),  # no attention slot is read, so none has a projection
     ({**ROWS[5], "depth_window": 2}, ["attn 2", "ffn 2"], ALL),
+    ({**ROWS[4], "attn_slot": False}, FFN[:3], FFN),
+    ({**ROWS[4], "attn_slot": False, "depth_window": 1, "depth_first": 1}, ["ffn 0", "ffn 2"], FFN),
     ({**ROWS[4], "depth_every": 2}, [], FFN),  # layers 4 and 2 read
     ({**ROWS[4], "depth_every": 3}, [], FFN),  # layers 4 and 1
     ({**ROWS[4], "depth_every": 99}, [], FFN),  # layer 4
@@ -259,7 +261,8 @@ SCHEDULE = [  # of 5 layers: variant, the slots that layer 3 reads, those with a
 def test_slot_schedule(variant, layer_3, projections):
     model = random_model(n_layer=5, **variant)
     c, window, first = model.config, variant.get("depth_window", 99), variant.get("depth_first", 0)
-    possible = [name for name in ALL if (name in ATTN and c.depth_kv) or (name in FFN and c.ffn_kv)]
+    writes_attn = c.depth_kv and c.attn_slot
+    possible = [name for name in ALL if (name in ATTN and writes_attn) or (name in FFN and c.ffn_kv)]
     for layer in range(5):  # the first and the most recent ones of what the layers below may write
         below = [name for name in possible if int(name.split()[1]) < layer]
         reads = layer in range(4, -1, -variant.get("depth_every", 1))
@@ -277,7 +280,8 @@ def test_slot_schedule(variant, layer_3, projections):
 
 @each_variant
 def test_plain_is_the_same_shape_without_depth(variant):
-    config, depth = replace(SMALL, **variant), {"depth_window": None, "depth_first": 0, "depth_every": 1, **ROWS[1]}
+    config, depth = replace(SMALL, **variant), {**ROWS[1], "attn_slot": True, "depth_window": None}
+    depth |= {"depth_first": 0, "depth_every": 1}
     baseline = plain(config)
     assert all(getattr(baseline, field) == off for field, off in depth.items()) and baseline.slot_kinds == ()
     assert replace(baseline, **{field: getattr(config, field) for field in depth}) == config
@@ -665,6 +669,7 @@ def test_defaults_and_presets():
         *(({"depth_every": value}, ["depth_every"]) for value in (0, -2, 1.0, True, None)),
         ({"depth_kv": False, "ffn_kv": False, "depth_every": 2}, ["depth_every", "depth_kv"]),
         ({"depth_first": 1}, ["depth_first", "depth_window"]),
+        *(({"attn_slot": False, **more}, ["attn_slot", "ffn_kv"]) for more in ({"ffn_kv": False}, {"attn_kv": True})),
         *(({"depth_first": value, "depth_window": 2}, ["depth_first"]) for value in (-1, 1.0, True, None)),
         ({"n_head": 3}, ["n_embd", "n_head"]),
         ({"n_kv_head": 3}, ["n_head", "n_kv_head"]),

@@ -279,6 +279,11 @@ def test_resume_may_lengthen_a_run_but_not_change_its_model_or_text(whole, text,
         main([*resume, "--n-layer", "3", "--optimizer", "adamw" if whole[2] == "muon" else "muon"])
     with pytest.raises(SystemExit, match="keeps its seed and batch_size"):  # they decide what it has read
         main([*resume, "--batch-size", "8", "--seed", "5"])
+    old = checkpoint(tmp_path)
+    del old["model_config"]["depth_every"]  # a field that the run's version did not have
+    torch.save(old, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="keeps its depth_every"):
+        main([*resume, "--depth-every", "2"])
     with pytest.raises(SystemExit, match="has done 10 steps"):
         main([*resume, "--steps", "9"])
     with pytest.raises(SystemExit, match="another text"):
