@@ -383,6 +383,24 @@ def test_without_slots_it_is_sdpa(causal, n_slot, impl, device, dtype):
         assert got["ddepth_k"].shape == got["ddepth_v"].shape == (0, 2, 2, 9, 16)
 
 
+@pytest.mark.skipif(kernel.triton is None, reason="needs Triton")
+@pytest.mark.parametrize("device", [one_test_for(name) for name in ("cpu", "cuda")])
+@pytest.mark.parametrize("n_first, n_skipped", [(1, 1), (2, 3), (5, 4)])
+def test_skipped_slots(n_first, n_skipped, device):
+    """As if the slots in between, NaN here, were not there."""
+    q, k, v, *depth = (x.detach() for x in random_inputs(group=3, n_slot=9, dtype=torch.float32, device=device))
+    kept, skip, scale = [*range(n_first), *range(n_first + n_skipped, 9)], (n_first, n_skipped), q.shape[-1] ** -0.5
+    do = random_like(q)
+    want = oracle([q, k, v, *(x[kept] for x in depth)], do)
+    for x in depth:
+        x[n_first : n_first + n_skipped] = float("nan")
+    o, lse = kernel.attention_forward(q, k, v, *([x] for x in depth), True, scale, "triton", skip)
+    dq = sdpa.sequence_backward(do, q, k, v, o, lse, True, scale)[0]
+    ddepth = kernel._depth_backward_triton(do, q, *depth, o, lse, scale, dq, skip=skip)
+    got = {"o": o, "lse": lse, "dq": dq, "ddepth_k": ddepth[0][kept], "ddepth_v": ddepth[1][kept]}
+    assert_close(got, {name: want[name] for name in got}, TOLERANCE[torch.float32])
+
+
 @each_run
 def test_depth_is_read_at_its_own_position_only(impl, device):
     """A slot's element (s, b, kv head, t) reaches batch b, the heads of that kv head, position t. No other output."""
