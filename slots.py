@@ -20,10 +20,10 @@ from sdpa import laid_out, sequence_backward
 class SlotBuffers:
     """Buffers (n_slot, B, n_kv_head, T, head_dim) of all slots' K and V, and what a backward has gathered so far.
 
-    Slots that lie between the same two readers have the same readers above them: their gradients are computed at once.
-    So that not every such group has to look at all its readers, gradients are summed in blocks of readers. When the
-    backward enters a block, what the readers above it add is summed for all its slots at once, in float32 (`sums`).
-    Each group then adds the readers within its block only.
+    Slots between the same two readers have all their readers in common: such a stretch gets its gradients at once. So
+    that not every stretch has to look at all its readers, gradients are summed in blocks of readers. When the backward
+    enters a block, what the readers above it add is summed for all its slots at once, in float32 (`sums`). Each stretch
+    then adds the readers within its block only.
     """
 
     # Readers of a block, times depth_every. At 24 and 48 layers, with groups from 1 to 4, no other number moves much
@@ -43,7 +43,7 @@ class SlotBuffers:
         """Forget what an earlier backward, finished or broken off, has left. This one begins at the layer that writes
         the slot `stop`."""
         self.readers, self.addresses = [], None  # (q, do, lse, delta, start) of each, deepest first; where they lie
-        self.grads = {}  # slot: (dk, dv), of the slots with the same readers
+        self.grads = {}  # slot: (dk, dv), of the stretch that is being differentiated
         self.n_summed, self.sums, self.sums_start = 0, None, 0  # readers in `sums`; (dk, dv); the first slot in it
         self.graph_task = torch._C._current_graph_task_id()  # which of autograd's backwards this is
         self.is_whole = stop == self.n_slot  # from the last layer on, so that the forward is over
@@ -96,7 +96,7 @@ class SlotBuffers:
         """-> dk, dv of a slot whose readers have all been differentiated, None if there was none in this backward."""
         if not self.readers:
             return None, None
-        if slot not in self.grads:  # readers are counted from the last layer, so groups from the last slot
+        if slot not in self.grads:  # readers are counted from the last layer, so stretches from the last slot
             first, last = max(0, slot - (slot - self.n_slot) % self.per_reader), slot + 1
             if sum(start < last for *_, start in self.readers[self.n_summed :]) >= self.block:  # other windows moved on
                 self.sums = None  # and its memory

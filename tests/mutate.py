@@ -193,7 +193,7 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
 ]  # fmt: skip
 EQUIVALENT = {  # place, what it becomes: why no test can see it
     ("sdpa.py:_key_blocks", "if not causal:"): "one query with a prefix and a square of one key: the same numbers",
-    ("slots.py:SlotBuffers.gradients", "slot, slot + 1"): "a group's slots one by one: slower, the same numbers",
+    ("slots.py:SlotBuffers.gradients", "slot, slot + 1"): "a stretch's slots one by one: slower, the same numbers",
     ("slots.py:SlotBuffers.gradients", "True for"): "sums of readers that no slot has: slower, the same numbers",
 }
 GPU = {"fast.py:record"}  # what takes a GPU to notice
