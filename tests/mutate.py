@@ -181,9 +181,10 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("kernel.py:_forward_kernel", "(o_tile / acc[:, None])", "o_tile"),
     ("kernel.py:_forward_kernel", "range(0, n_slot * BLOCK_T, BLOCK_N)", "range(0, n_slot * BLOCK_T - 1, BLOCK_N)"),
     ("kernel.py:_forward_kernel", "v_slots + slot * depth_v_stride[0]", "v_slots + slot * depth_k_stride[0]"),
-    ("kernel.py:_forward_kernel", "slot < N_FIRST", "slot <= N_FIRST"),
-    ("kernel.py:_forward_triton", "len(depth_k) - n_skipped", "len(depth_k)"),
-    ("kernel.py:_backward_kernel", "slot < N_FIRST", "slot <= N_FIRST"),
+    ("kernel.py:_slots_of", "slot < N_FIRST", "slot <= N_FIRST"),
+    ("kernel.py:_forward_triton", "len(depth_k) - skip[1]", "len(depth_k)"),
+    ("kernel.py:_depth_backward_triton", "len(depth_k) - skip[1]", "len(depth_k)"),
+    ("kernel.py:_depth_backward_torch", "dq += ", "dq -= "),
     # its backward
     ("kernel.py:_backward_kernel", "tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)", "tl.sum(do_tile.to(tl.float32), 1)"),
     ("kernel.py:_backward_kernel", "tl.load(dq_row[:, None] + dim[None, :], mask=in_tile, other=0.0).to(tl.float32)", "tl.zeros([BLOCK_M, D], tl.float32)"),
