@@ -151,7 +151,7 @@ class PortableStream(DepthStream):
 
 
 class FastDepthStream(PortableStream):
-    """The stream of the Triton kernels: slots lie in one buffer and are read in place, as a range of it.
+    """The stream of the Triton kernels: slots lie in one buffer and are read in place.
 
     In the backward, a layer computes its dq and leaves with `buffers` what its slots' gradients need: (q, do, lse,
     delta). When the backward reaches the sublayer that wrote a slot, all its readers have been there, and its gradient
@@ -160,7 +160,7 @@ class FastDepthStream(PortableStream):
 
     def __init__(self, config, impl=None, checkpoint=False):
         super().__init__(config, impl, checkpoint)
-        self.buffers = SlotBuffers(config.slot_range(config.n_layer - 1)[1], len(config.slot_kinds))
+        self.buffers = SlotBuffers(config)
         self.chain = torch.empty(0)
 
     def finish(self):
@@ -171,21 +171,18 @@ class FastDepthStream(PortableStream):
         if kv is None or (self.finished and self.checkpoint):
             return
         DepthStream.write(self, layer, kind, ())  # notes that it is written; what is written lies in the buffers
-        number = layer.first_slot + (kind == "ffn")
+        number = layer.first_slot + layer.config.slot_kinds.index(kind)
         if torch.is_grad_enabled():
             self.chain = Write.apply(*kv, self.chain, self.buffers, number)
         else:
             self.buffers.write(number, *kv)
 
-    def read(self, layer):
-        return self.buffers.read(*layer.reads)
-
     def attend(self, layer, q, k, v):
         if self.finished and not self.checkpoint:  # the gradients of its slots would be lost
             raise RuntimeError("a layer ran after the forward. Checkpointing? FastMoDA(config, checkpoint=True)")
         if not torch.is_grad_enabled():
-            return self.buffers.attend(q, k, v, *layer.reads)[0]
-        o, chain = Attend.apply(q, k, v, self.chain, self.buffers, *layer.reads)
+            return self.buffers.attend(layer, q, k, v)[0]
+        o, chain = Attend.apply(q, k, v, self.chain, self.buffers, layer)
         if not self.finished:  # or it would keep what a checkpointed layer has just computed again
             self.chain = chain
         return o

@@ -26,9 +26,8 @@ from kernel import moda_attention, moda_attention_weights
 
 @dataclass(frozen=True)
 class MoDAConfig:
-    """Shape and variant of a model. Raises ValueError for combinations that cannot work.
-
-    Rows of the paper's Table 3: 1, 2 are `plain(config)`, 3 is ffn_kv=False, 4 the default, 5 is attn_kv=True."""
+    """Shape and variant of a model. Raises ValueError for combinations that cannot work. Rows of the paper's Table 3: 1
+    and 2 are `plain(config)`, 3 is ffn_kv=False, 4 the default, 5 is attn_kv=True."""
 
     block_size: int  # longest sequence, in tokens
     vocab_size: int  # tokens that the model knows
@@ -44,23 +43,30 @@ class MoDAConfig:
     depth_kv: bool = True  # queries also read earlier layers' slots; attention's slot is its own sequence K and V
     ffn_kv: bool = True  # the FFN writes a slot too, projected from its input
     attn_kv: bool = False  # attention's slot has a K, V projection of its own
+    attn_slot: bool = True  # attention writes a slot; False: the FFN alone does
     depth_rope: bool = True  # rotate depth keys like queries: the two cancel, and the depth logit is of content alone
     depth_window: int | None = None  # read only the most recent N slots (paper, section 6.2); None: all
+    depth_first: int = 0  # beside the window, read the first N too
+    depth_every: int = 1  # only every N-th layer, counted from the last, reads slots; all layers write
 
     def __post_init__(self):
         for field in fields(self):
             value, types = getattr(self, field.name), get_args(field.type) or (field.type,)
             if type(value) not in types and not (types == (float,) and type(value) is int):
                 raise ValueError(f"{field.name} must be {' or '.join(t.__name__ for t in types)}, got {value!r}")
-            if type(value) in (int, float) and not 0 < value < math.inf:
+            if type(value) in (int, float) and not 0 < value < math.inf and field.name != "depth_first":
                 raise ValueError(f"{field.name} must be above 0 and finite, got {value}")
         if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:  # 2: rotations turn pairs of channels
             got = f"got {self.n_embd}, {self.n_head} and {self.n_kv_head}"
             raise ValueError(f"n_embd must be a multiple of 2 * n_head, and n_head of n_kv_head, {got}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f'norm must be "pre" or "post", got {self.norm!r}')
-        if not self.depth_kv and (self.ffn_kv or self.attn_kv or self.depth_window):
-            raise ValueError("ffn_kv, attn_kv and depth_window need depth_kv=True; plain(config) turns off all of them")
+        if self.depth_first < 0 or (self.depth_first and not self.depth_window):
+            raise ValueError(f"depth_first must be at least 0, and needs depth_window, got {self.depth_first}")
+        if not self.depth_kv and (self.ffn_kv or self.attn_kv or self.depth_window or self.depth_every > 1):
+            raise ValueError("ffn_kv, attn_kv, depth_window and depth_every need depth_kv=True; plain(config) has none")
+        if not self.attn_slot and (self.attn_kv or not self.ffn_kv):
+            raise ValueError("attn_slot=False leaves the FFN's slots alone: it needs ffn_kv=True and attn_kv=False")
 
     @property
     def head_dim(self):
@@ -74,38 +80,39 @@ class MoDAConfig:
     def slot_kinds(self):
         """The sublayers that write slots, in order. Slots are numbered as they are written: 0 is "attn 0", 1 "ffn 0",
         2 "attn 1", ...; slot_kinds[i] of layer l has the number l * len(slot_kinds) + i."""
-        return ("attn",) * self.depth_kv + ("ffn",) * self.ffn_kv
+        return ("attn",) * (self.depth_kv and self.attn_slot) + ("ffn",) * self.ffn_kv
 
-    def slot_range(self, layer):
-        """Layer `layer`, from 0, reads the slots start..stop-1 -> (start, stop). `stop` is the first that it writes."""
+    def slots_read(self, layer):
+        """The numbers of the slots that layer `layer`, from 0, reads, oldest first."""
         if not 0 <= layer < self.n_layer:
             raise ValueError(f"layer must be from 0 to {self.n_layer - 1}, got {layer}")
         stop = layer * len(self.slot_kinds)
-        return (0 if self.depth_window is None else max(0, stop - self.depth_window)), stop
+        start = 0 if self.depth_window is None else max(0, stop - self.depth_window)
+        slots = [*range(min(self.depth_first, start)), *range(start, stop)]
+        return [] if (self.n_layer - 1 - layer) % self.depth_every else slots
 
     def slot_names(self, layer):
-        """The slots that layer `layer`, from 0, reads, oldest first: ["attn 0", "ffn 0", "attn 1", ...]."""
+        """Their names: ["attn 0", "ffn 0", "attn 1", ...]."""
         n = len(self.slot_kinds)
-        return [f"{self.slot_kinds[slot % n]} {slot // n}" for slot in range(*self.slot_range(layer))]
+        return [f"{self.slot_kinds[slot % n]} {slot // n}" for slot in self.slots_read(layer)]
 
     def is_read(self, kind, layer):
-        """Whether any layer reads the slot that `kind` ("attn" or "ffn") of `layer` writes. If the next layer does not,
-        none does: windows only move on. What nobody reads is neither projected nor written."""
-        return layer + 1 < self.n_layer and f"{kind} {layer}" in self.slot_names(layer + 1)
+        """Whether any layer reads the slot of `kind` ("attn" or "ffn") of `layer`. If not, it is not even projected."""
+        return any(f"{kind} {layer}" in self.slot_names(later) for later in range(layer + 1, self.n_layer))
 
 
 def plain(config):
     """The same shape without depth: the baseline, row 1 of the paper's Table 3."""
-    return replace(config, depth_kv=False, ffn_kv=False, attn_kv=False, depth_window=None)
+    off = {"depth_kv": False, "ffn_kv": False, "attn_kv": False, "attn_slot": True}
+    return replace(config, **off, depth_window=None, depth_first=0, depth_every=1)
 
 
 PRESETS = {
     "tiny": MoDAConfig(block_size=256, vocab_size=2048, n_layer=6, n_head=4, n_kv_head=2, n_embd=128),  # for a laptop
     "deep": MoDAConfig(block_size=256, vocab_size=2048, n_layer=16, n_head=4, n_kv_head=2, n_embd=128),  # to look into
-    # the paper's Table 6 and Table 3
-    "paper-24l": MoDAConfig(512, 50_304, n_layer=24, n_head=6, n_kv_head=2, n_embd=384, bias=True),
+    "paper-24l": MoDAConfig(512, 50_304, n_layer=24, n_head=6, n_kv_head=2, n_embd=384, bias=True),  # Table 6
     "paper-48l": MoDAConfig(512, 50_304, n_layer=48, n_head=6, n_kv_head=2, n_embd=384, bias=True),
-    "paper-700m": MoDAConfig(4096, 100_352, n_layer=36, n_head=16, n_kv_head=8, n_embd=1024),
+    "paper-700m": MoDAConfig(4096, 100_352, n_layer=36, n_head=16, n_kv_head=8, n_embd=1024),  # Table 3
 }
 
 
@@ -118,9 +125,8 @@ class DepthStream:
     What a slot is made of: a key and a value for each position, (B, n_kv_head, T, head_dim) both, projected from what a
     sublayer READS, never from what it adds to the residual stream. "attn 3" is, by default, the K and V that attention
     of layer 3 makes for its own sequence, used a second time. "ffn 3" is one more projection, of the FFN's input.
-    Who writes it: its sublayer, once, if a later layer will read it.
-    Who reads it: every later layer (or those within `depth_window`). A query at position t reads the slots of position
-    t alone. Of earlier tokens it sees the sequence K and V of its own layer, as in any Transformer.
+    Who reads it: every later layer, unless the config says otherwise; what nobody reads is not written. A query reads
+    its own position's slots alone. Of earlier tokens it sees its layer's sequence K and V, as in any Transformer.
 
     So the stream is gone when the forward pass is over, and decoding needs no second cache: a token's slots are only
     read while that same token passes through the layers above. A Block calls `write` and `attend`, which calls `read`.
@@ -134,14 +140,14 @@ class DepthStream:
         """Keep what `kind` ("attn" or "ffn") of this layer wrote: kv is (k, v), or None if nobody will read it.
         RuntimeError for a second write: a layer that runs twice would leave the wrong slot or lose gradients."""
         if kv is not None:
-            number = layer.first_slot + (kind == "ffn")
+            number = layer.first_slot + layer.config.slot_kinds.index(kind)
             if number in self.slots:
                 raise RuntimeError(f"slot {number} is written twice. Checkpointing? FastMoDA(config, checkpoint=True)")
             self.slots[number] = kv
 
     def read(self, layer):
         """depth_k, depth_v: lists of the layer's n_slot keys and values (B, n_kv_head, T, head_dim), oldest first."""
-        pairs = [self.slots[number] for number in range(*layer.reads)]
+        pairs = [self.slots[number] for number in layer.reads]
         return [k for k, _ in pairs], [v for _, v in pairs]
 
     def attend(self, layer, q, k, v):
@@ -157,7 +163,7 @@ class RecordingStream(DepthStream):
         self.maps = []
 
     def attend(self, layer, q, k, v):
-        depth_k = torch.stack(self.read(layer)[0]) if layer.first_slot else None
+        depth_k = torch.stack(self.read(layer)[0]) if layer.reads else None
         self.maps.append(moda_attention_weights(q, k, depth_k)[0])
         return super().attend(layer, q, k, v)
 
@@ -228,7 +234,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         c = self.config = config
-        self.layer, self.reads, self.first_slot = layer, c.slot_range(layer), c.slot_range(layer)[1]  # slots by number
+        self.layer, self.reads, self.first_slot = layer, c.slots_read(layer), layer * len(c.slot_kinds)  # by number
         self.wq = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.kv = KVProjection(c)
         self.wo = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
@@ -257,8 +263,7 @@ class Attention(nn.Module):
         return q, k, v, self.kv_heads(*(own_kv or kv), rope, self.config.depth_rope)
 
     def kv_heads(self, k, v, rope, rotated=True):
-        """k, v (B, T, n_kv_head * head_dim) -> k, v (B, n_kv_head, T, head_dim), keys normalised and rotated: once, for
-        all layers that will read them."""
+        """k, v (B, T, n_kv_head * head_dim) -> (B, n_kv_head, T, head_dim). Keys are rotated once, for all readers."""
         k, v = (x.unflatten(-1, (self.config.n_kv_head, -1)).transpose(1, 2) for x in (k, v))
         k = self.k_norm(k.to(self.wq.weight.dtype))
         return (rotate(k, *rope) if rotated else k).to(v.dtype), v
@@ -295,9 +300,8 @@ class Block(nn.Module):
 class MoDA(nn.Module):
     """Decoder-only language model: RMSNorm, rotary positions, QK-norm, SwiGLU, grouped queries, tied embedding.
 
-    impl: which implementation of the attention to use, see `kernel.moda_attention`.
-    On a GPU this is right but slow: every layer stacks all the slots that it reads, forward and again backward.
-    `fast.FastMoDA` is the same model, with the same weights, and reads them in place."""
+    impl: see `kernel.moda_attention`. On a GPU this is right but slow: every layer stacks all the slots that it reads,
+    forward and again backward. `fast.FastMoDA` is the same model, with the same weights, and reads them in place."""
 
     def __init__(self, config, impl=None):
         super().__init__()
@@ -324,9 +328,7 @@ class MoDA(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None, positions with -1 are left out.
-
-        Returns (logits (B, T, vocab_size), mean cross-entropy in nats per token or None). Raises ValueError for what is
-        not (B, T) ids, for too many of them, and for targets of another shape."""
+        Returns (logits (B, T, vocab_size), mean cross-entropy in nats a token or None). ValueError for wrong shapes."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of idx {tuple(idx.shape)}")
         return self.head(self.hidden(idx), targets)
@@ -362,11 +364,9 @@ class MoDA(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
         """Continue idx (B, T) by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
-
         temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. When the context
         outgrows block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a
-        cache: a sliding cache would not equal the model without one, as later layers' keys carry what was dropped.
-        Raises ValueError for an empty prompt, ids that are not integers, and arguments out of range."""
+        cache: a sliding one would differ, as later layers' keys carry what was dropped. ValueError for wrong input."""
         if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
             raise ValueError(f"need temperature from 0 to 1000, max_new_tokens >= 0 and top_k >= 1 or None, {got}")

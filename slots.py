@@ -20,23 +20,30 @@ from sdpa import laid_out, sequence_backward
 class SlotBuffers:
     """Buffers (n_slot, B, n_kv_head, T, head_dim) of all slots' K and V, and what a backward has gathered so far.
 
-    So that not every slot has to look at all its readers, gradients are summed in blocks of layers. When the backward
-    enters a block, what the readers above it add is summed for all its slots at once, in float32 (`sums`). Each slot
+    Slots between the same two readers have all their readers in common: such a stretch gets its gradients at once. So
+    that not every stretch has to look at all its readers, gradients are summed in blocks of readers. When the backward
+    enters a block, what the readers above it add is summed for all its slots at once, in float32 (`sums`). Each stretch
     then adds the readers within its block only.
     """
 
-    BLOCK = 8  # layers; at 24 and 48 layers, with groups from 1 to 4, no other number moves much fewer bytes
+    # Readers of a block, times depth_every. At 24 and 48 layers, with groups from 1 to 4, no other number moves much
+    # fewer bytes. Where only every k-th layer reads, a block of as many readers has k times the slots to sum, and there
+    # are fewer readers to save: then only larger blocks pay.
+    BLOCK = 8
 
-    def __init__(self, n_slot, per_layer):
-        self.n_slot, self.per_layer, self.k, self.v = n_slot, per_layer, None, None
+    def __init__(self, config):
+        per_layer = len(config.slot_kinds)
+        self.n_slot, self.n_first = (config.n_layer - 1) * per_layer, config.depth_first
+        self.per_reader, self.block = config.depth_every * per_layer, config.depth_every * self.BLOCK
+        self.k, self.v = None, None
         self.lowest = None  # the first slot with a gradient, so the last one to get it
         self.begin_backward()
 
     def begin_backward(self, stop=0):
-        """Forget what an earlier backward, finished or broken off, has left. This one begins at the layer that reads
-        the slots up to `stop`."""
+        """Forget what an earlier backward, finished or broken off, has left. This one begins at the layer that writes
+        the slot `stop`."""
         self.readers, self.addresses = [], None  # (q, do, lse, delta, start) of each, deepest first; where they lie
-        self.grads = {}  # slot: (dk, dv), of the layer that is being differentiated
+        self.grads = {}  # slot: (dk, dv), of the stretch that is being differentiated
         self.n_summed, self.sums, self.sums_start = 0, None, 0  # readers in `sums`; (dk, dv); the first slot in it
         self.graph_task = torch._C._current_graph_task_id()  # which of autograd's backwards this is
         self.is_whole = stop == self.n_slot  # from the last layer on, so that the forward is over
@@ -56,35 +63,44 @@ class SlotBuffers:
             self.k, self.v = (x.new_empty(self.n_slot, *x.shape) for x in (k, v))
         self.k[slot], self.v[slot] = k, v
 
-    def read(self, start, stop):
-        """depth_k, depth_v of the slots start..stop-1, in pieces, as kernel.py's operators take them."""
-        return ([self.k[start:stop]], [self.v[start:stop]]) if stop > start else ([], [])
+    def read(self, layer):
+        """From the first to the last slot that a layer reads: depth_k, depth_v in pieces, and what to skip of them."""
+        if not layer.reads:
+            return [], [], (0, 0)
+        first, stop = layer.reads[0], layer.reads[-1] + 1
+        n_skipped = stop - first - len(layer.reads)
+        return [self.k[first:stop]], [self.v[first:stop]], (self.n_first if n_skipped else 0, n_skipped)
 
-    def attend(self, q, k, v, start, stop):
+    def attend(self, layer, q, k, v):
         """-> o (B, n_head, T, head_dim), lse (B, n_head, T)."""
-        return kernel.attention_forward(q, k, v, *self.read(start, stop), True, q.shape[-1] ** -0.5, "triton")
+        depth_k, depth_v, skip = self.read(layer)
+        return kernel.attention_forward(q, k, v, depth_k, depth_v, True, q.shape[-1] ** -0.5, "triton", skip)
 
-    def add_reader(self, do, q, o, lse, dq, start, stop):
+    def add_reader(self, layer, do, q, o, lse, dq):
         """A layer's attention is being differentiated: add the depth part to dq, and keep what the slots need of it.
         Rows of q and do start at multiples of 16 bytes: `FastMoDA._can_be_fast` asks for head_dim % 8 == 0."""
         if self.addresses is None:
-            self.addresses = torch.empty(self.n_slot // self.per_layer, 8, dtype=torch.int64, device=q.device)
-        args = (do, q, self.k[start:stop], self.v[start:stop], o, lse, q.shape[-1] ** -0.5, dq)
-        delta = kernel._depth_backward_triton(*args, slots=False)
+            n_reader = triton.cdiv(self.n_slot, self.per_reader)
+            self.addresses = torch.empty(n_reader, 8, dtype=torch.int64, device=q.device)
+        (depth_k,), (depth_v,), skip = self.read(layer)
+        args = (do, q, depth_k, depth_v, o, lse, q.shape[-1] ** -0.5, dq)
+        delta, start = kernel._depth_backward_triton(*args, slots=False, skip=skip), layer.reads[skip[0]]
         _addresses_kernel[(1,)](self.addresses[len(self.readers)], q, do, lse, delta, start)
         self.readers.append((q.detach(), do, lse, delta, start))
 
     def sum_readers(self, since, first, last, dtype, sums=None):
         args = (self.readers[since:], self.addresses[since:], self.k, self.v, first, last, dtype, sums, self.sums_start)
-        return slots_backward(*args, self.k.shape[-1] ** -0.5)
+        return slots_backward(*args, self.k.shape[-1] ** -0.5, self.n_first)
 
     def gradients(self, slot):
-        """-> dk, dv of a slot whose readers have all been differentiated."""
-        if slot not in self.grads:  # all slots of its layer at once: they have the same readers
-            first, last = slot - slot % self.per_layer, slot + 1
-            if len(self.readers) - self.n_summed >= self.BLOCK:
+        """-> dk, dv of a slot whose readers have all been differentiated, None if there was none in this backward."""
+        if not self.readers:
+            return None, None
+        if slot not in self.grads:  # readers are counted from the last layer, so stretches from the last slot
+            first, last = max(0, slot - (slot - self.n_slot) % self.per_reader), slot + 1
+            if sum(start < last for *_, start in self.readers[self.n_summed :]) >= self.block:  # other windows moved on
                 self.sums = None  # and its memory
-                self.n_summed, self.sums_start = len(self.readers), max(0, last - self.BLOCK * self.per_layer)
+                self.n_summed, self.sums_start = len(self.readers), max(0, last - self.block * self.per_reader)
                 self.sums = self.sum_readers(0, self.sums_start, last, torch.float32)
             grads = self.sum_readers(self.n_summed, first, last, self.k.dtype, self.sums)
             self.grads = {first + i: pair for i, pair in enumerate(zip(*grads, strict=True))}
@@ -121,10 +137,10 @@ class Write(torch.autograd.Function):
 
 class Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, chain, buffers, start, stop):
-        o, lse = buffers.attend(q, k, v, start, stop)
+    def forward(ctx, q, k, v, chain, buffers, layer):
+        o, lse = buffers.attend(layer, q, k, v)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.buffers, ctx.start, ctx.stop = buffers, start, stop
+        ctx.buffers, ctx.layer = buffers, layer
         ctx.set_materialize_grads(False)
         return o, q.new_empty(0)
 
@@ -132,7 +148,7 @@ class Attend(torch.autograd.Function):
     def backward(ctx, do, dchain):
         (q, k, v, o, lse), buffers = ctx.saved_tensors, ctx.buffers
         if dchain is None:  # nothing later was read: this backward starts here
-            buffers.begin_backward(ctx.stop)
+            buffers.begin_backward(ctx.layer.first_slot)
             dchain = q.new_empty(0)
         check_backward(buffers)
         # one kernel loops over all readers with the first one's strides: all must share its layout
@@ -140,9 +156,9 @@ class Attend(torch.autograd.Function):
         o = laid_out(o, q)
         do = torch.zeros_like(q) if do is None else laid_out(do, q)  # None: only its slots were used
         dq, dk, dv = sequence_backward(do, q, k, v, o, lse, True, q.shape[-1] ** -0.5)
-        if ctx.stop > ctx.start:
-            buffers.add_reader(do, q, o, lse, dq, ctx.start, ctx.stop)
-        return dq, dk, dv, dchain, None, None, None
+        if ctx.layer.reads:
+            buffers.add_reader(ctx.layer, do, q, o, lse, dq)
+        return dq, dk, dv, dchain, None, None
 
 
 # Triton compiles a kernel anew for numbers that are 1 or multiples of 16. Strides profit from that; numbers of slots
@@ -159,12 +175,12 @@ def _addresses_kernel(row, q, do, lse, delta, first):
     tl.store(row + 4, first)
 
 
-@jit(do_not_specialize=["first", "last", "sums_start", "n_reader"])
+@jit(do_not_specialize=["first", "last", "sums_start", "n_reader", "n_first"])
 def _slots_backward_kernel(
     addresses,  # pointer: for each reader a row of 8 numbers, written by `_addresses_kernel`
     depth_k, depth_v, sum_k, sum_v, out_k, out_v,  # pointers
     q_stride, do_stride, slot_stride, sum_stride, out_stride,  # K and V of a kind are laid out alike
-    T, first, last, sums_start, n_reader, scale, scale_log2,
+    T, first, last, sums_start, n_reader, n_first, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_READER: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +230,8 @@ def _slots_backward_kernel(
             lse_log2 = tl.load(lse_row, mask=in_row, other=0.0) / LN2
             delta_tile = tl.load(delta_row, mask=in_row, other=0.0)
             z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
-            read = (slot[None, :] >= first_read[:, None]) & (token[:, None] == source[None, :]) & in_row[:, None]
+            read = (slot[None, :] >= first_read[:, None]) | (slot[None, :] < n_first)
+            read = read & (token[:, None] == source[None, :]) & in_row[:, None]
             p = tl.exp2(tl.where(read, z - lse_log2[:, None], float("-inf")))
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
             dz = (p * (dp - delta_tile[:, None]) * scale).to(k_tile.dtype)
@@ -226,17 +243,18 @@ def _slots_backward_kernel(
         tl.store(out_v + out_at[:, None] + dim[None, :], dv_tile.to(out_v.dtype.element_ty), mask=in_kv)
 
 
-def slots_backward(readers, addresses, depth_k, depth_v, first, last, dtype, sums, sums_start, scale):
+def slots_backward(readers, addresses, depth_k, depth_v, first, last, dtype, sums, sums_start, scale, n_first=0):
     """-> dk, dv (last - first, B, n_kv_head, T, head_dim) of the slots first..last-1, summed over their readers.
 
     readers: (q, do, lse, delta, start) of each layer, deepest first: q, do (B, n_head, T, head_dim), lse, delta (B,
     n_head, T), all laid out alike, rows at multiples of 16 bytes. A layer reads the slots from `start` to at least
-    last-1. addresses (n_reader, 8), int64: the rows of `_addresses_kernel`. depth_k, depth_v: all slots (n_slot, B,
-    n_kv_head, T, head_dim). sums: dk and dv in float32 to begin with, of the slots from `sums_start` on, or None.
+    last-1, and the first n_first. addresses (n_reader, 8), int64: the rows of `_addresses_kernel`. depth_k, depth_v:
+    all slots (n_slot, B, n_kv_head, T, head_dim). sums: dk and dv in float32 to begin with, of the slots from
+    `sums_start` on, or None.
     """
     if not readers:  # all of them are in sums
         return [x[first - sums_start : last - sums_start].to(dtype) for x in sums]
-    n_out, unread = last - first, sum(start >= last for *_, start in readers)  # their windows have moved on
+    n_out, unread = last - first, sum(start >= last and first >= n_first for *_, start in readers)  # by their windows
     readers, addresses = readers[unread:], addresses[unread:]
     q, do, lse = readers[0][:3]
     n_head, T, n_kv_head = *q.shape[1:3], depth_k.shape[2]
@@ -250,6 +268,8 @@ def slots_backward(readers, addresses, depth_k, depth_v, first, last, dtype, sum
         rows, cols, num_warps, num_stages = 32, 16, 1, 3
     else:
         n_reader = min(16, max(1, (32 if q.shape[3] <= 128 else 16) // padded))
+        if len(readers) < 8:  # depth_every: q and do, read once for all columns, cost the bytes, not rows of no reader
+            n_reader = min(n_reader, max(triton.next_power_of_2(len(readers)), 8 // padded))
         rows, cols, num_warps, num_stages = 2 * padded * n_reader, 16 if n_out <= 8 else 32, 2, 2
     if q.dtype == torch.float32:  # without tensor cores, where large tiles take minutes to compile
         n_reader, rows = max(1, 16 // padded), 16
@@ -258,7 +278,7 @@ def slots_backward(readers, addresses, depth_k, depth_v, first, last, dtype, sum
     sum_k, sum_v = (lse, lse) if sums is None else sums  # to point anywhere, in float32
     strides = [x.stride()[:-1] for x in (q, do, depth_k, depth_k if sums is None else sum_k, out[0])]
     args = (addresses, depth_k, depth_v, sum_k, sum_v, *out, *strides)
-    args += (T, first, last, sums_start, len(readers), scale, scale / math.log(2))
+    args += (T, first, last, sums_start, len(readers), n_first, scale, scale / math.log(2))
     meta = {"N_READER": n_reader, "SUMMED": sums is not None, "num_warps": num_warps, "num_stages": num_stages}
     _launch(_slots_backward_kernel, q, n_kv_head, rows, cols, args, n_reader, **meta)
     return out

@@ -334,12 +334,13 @@ def prepare(options):
     folder = choose_folder(place.out, training.get("preset", TrainConfig.preset), resume)
     if resume:
         old, tokenizer = load_checkpoint(folder, to_resume=True)
-        vocab_size = old["data"].get("vocab_size", old["model_config"]["vocab_size"])  # as it was asked for
-        fixed = {name: old["train_config"][name] for name in FIXED} | old["model_config"] | {"vocab_size": vocab_size}
+        model_config = MoDAConfig(**old["model_config"])  # which may be of fewer fields than there are today
+        vocab_size = old["data"].get("vocab_size", model_config.vocab_size)  # as it was asked for
+        fixed = {name: old["train_config"][name] for name in FIXED} | asdict(model_config) | {"vocab_size": vocab_size}
         changed = [name for name, value in (training | shape).items() if fixed.get(name, value) != value]
         if changed:
             raise ValueError(f"a resumed run keeps its {' and '.join(changed)}: start a new one in another --out")
-        config, model_config = TrainConfig(**old["train_config"] | training), MoDAConfig(**old["model_config"])
+        config = TrainConfig(**old["train_config"] | training)
     else:
         config = TrainConfig(**training)
         model_config = replace(PRESETS[config.preset], **shape)

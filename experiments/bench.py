@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
 from environment import machine
-from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, flops, relative_error, row_config, train_step
+from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, ROWS, flops, relative_error, row_config, train_step
 from experiments.plots import redraw
 from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
@@ -381,12 +381,13 @@ def bench_train(args):
     head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV"
     lines, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
     shapes = json.loads(path.read_text())["shapes"] if path.exists() else {}  # those that this call does not measure
+    models = MODELS | {row: row for row in args.row or ()}
     for name in args.shape or SHAPES:
         row_4, B = SHAPES[name]
         T = row_4.block_size
         idx, targets = torch.randint(row_4.vocab_size, (2, B, T), device="cuda")
         steps, info = {}, {}
-        for row, name_of_row in MODELS.items():
+        for row, name_of_row in models.items():
             if row == WHOLE and name != next(iter(SHAPES)):
                 continue
             torch.manual_seed(0)
@@ -431,7 +432,7 @@ def bench_train(args):
                 del replay  # and its memory
         plain_rate = 3 * B * flops(plain(row_4), T) / median(info["plain"]["ms"])
         for row, measured in info.items():
-            config, ms, beside = row_config(MODELS[row], row_4), measured["ms"], measured["beside_ms"]
+            config, ms, beside = row_config(models[row], row_4), measured["ms"], measured["beside_ms"]
             floor = sum(train_floor(config, B, plain_rate, copy_TBps * 1e9))
             extra = median([a - b for a, b in zip(ms, beside, strict=True)])
             mfu = 3 * B * flops(config, T) / median(ms) / 1e9 / matmul_TFLOPs
@@ -578,6 +579,7 @@ def main():
     command = commands.add_parser("train", help="whole training steps with and without depth")
     command.add_argument("--reps", type=int, default=8, help="repetitions of each timing (default: %(default)s)")
     command.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
+    command.add_argument("--row", action="append", choices=ROWS, help="time this row too; may be repeated")
     command.set_defaults(run=bench_train)
     command = commands.add_parser("generate", help="cached decoding with and without depth")
     command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")

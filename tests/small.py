@@ -21,6 +21,16 @@ VARIANTS = [  # every row in both norms, then every other switch
     {"depth_window": 1, "norm": "pre", "attn_kv": True},
     {"depth_window": 1, "ffn_kv": False},
     {"depth_window": 3, "attn_kv": True},
+    {"depth_every": 2, "n_layer": 6},
+    {"depth_every": 3, "n_layer": 5, "ffn_kv": False},
+    {"depth_every": 4, "norm": "pre", "attn_kv": True},  # the last layer alone
+    {"depth_first": 1, "depth_window": 2, "n_layer": 5},
+    {"depth_first": 3, "depth_window": 1, "n_layer": 5, "norm": "pre"},
+    {"depth_first": 1, "depth_window": 1, "n_layer": 4, "ffn_kv": False},
+    {"depth_first": 2, "depth_window": 2},  # all of them
+    {"depth_first": 1, "depth_window": 1, "depth_every": 2, "n_layer": 6, "attn_kv": True},
+    {"attn_slot": False},
+    {"attn_slot": False, "depth_first": 1, "depth_window": 1, "norm": "pre", "n_layer": 4},
     {"depth_rope": False},
     {"depth_rope": False, "ffn_kv": False, "norm": "pre"},
     {"depth_rope": False, "attn_kv": True, "n_kv_head": 1},

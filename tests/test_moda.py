@@ -57,23 +57,25 @@ def naive_model(model, idx):
         q = rope(heads(linear(h, f"{attn}.wq"), f"{attn}.q_norm"), cos, sin)
         k = rope(heads(linear(h, f"{attn}.kv.wk"), f"{attn}.k_norm"), cos, sin)
         v = heads(linear(h, f"{attn}.kv.wv"))
-        read = dict(list(stream.items())[-(c.depth_window or len(stream)) :])
+        window, reading = c.depth_window or len(stream), range(c.n_layer - 1, -1, -c.depth_every)
+        kept = [n < c.depth_first or n >= len(stream) - window for n in range(len(stream))]
+        read = {name: slot for (name, slot), keep in zip(stream.items(), kept, strict=True) if keep and i in reading}
         depth = [torch.stack(x) for x in zip(*read.values(), strict=True)] if read else [None, None]
         attended.append((k, v, read))
         o = moda_attention_reference(q, k, v, *depth).transpose(1, 2).reshape(B, T, c.n_embd)
         x = x + linear(o, f"{attn}.wo")
         if c.norm == "post":
             x = rms_norm(x, f"{block}.attn_norm")
-        if c.depth_kv and i + 1 < c.n_layer:
+        unread = (torch.full_like(k, float("nan")),) * 2
+        if c.depth_kv and c.attn_slot and i + 1 < c.n_layer:
             if not c.attn_kv:  # reuse the sequence KV
                 stream[f"attn {i}"] = slot(h, attn, "kv")
-            elif f"{attn}.attn_kv.wk.weight" in w:
-                stream[f"attn {i}"] = slot(h, attn, "attn_kv")
             else:
-                stream[f"attn {i}"] = (torch.full_like(k, float("nan")),) * 2  # nobody may read it
+                made = f"{attn}.attn_kv.wk.weight" in w
+                stream[f"attn {i}"] = slot(h, attn, "attn_kv") if made else unread
         h = rms_norm(x, f"{block}.ffn_norm") if c.norm == "pre" else x
         if c.ffn_kv and i + 1 < c.n_layer:
-            stream[f"ffn {i}"] = slot(h, attn, "ffn_kv")
+            stream[f"ffn {i}"] = slot(h, attn, "ffn_kv") if f"{attn}.ffn_kv.wk.weight" in w else unread
         x = x + linear(F.silu(linear(h, f"{ffn}.gate")) * linear(h, f"{ffn}.up"), f"{ffn}.down")
         if c.norm == "post":
             x = rms_norm(x, f"{block}.ffn_norm")
@@ -240,17 +242,31 @@ SCHEDULE = [  # of 5 layers: variant, the slots that layer 3 reads, those with a
     ({**ROWS[4], "depth_window": 99}, ALL[:6], FFN),
     ({**ROWS[5], "depth_window": 1}, ["ffn 2"], FFN),  # no attention slot is read, so none has a projection
     ({**ROWS[5], "depth_window": 2}, ["attn 2", "ffn 2"], ALL),
+    ({**ROWS[4], "attn_slot": False}, FFN[:3], FFN),
+    ({**ROWS[4], "attn_slot": False, "depth_window": 1, "depth_first": 1}, ["ffn 0", "ffn 2"], FFN),
+    ({**ROWS[4], "depth_every": 2}, [], FFN),  # layers 4 and 2 read
+    ({**ROWS[4], "depth_every": 3}, [], FFN),  # layers 4 and 1
+    ({**ROWS[4], "depth_every": 99}, [], FFN),  # layer 4
+    ({**ROWS[5], "depth_every": 2, "depth_window": 1}, [], ["ffn 1", "ffn 3"]),
+    ({**ROWS[4], "depth_window": 2, "depth_first": 1}, ["attn 0", "attn 2", "ffn 2"], FFN),
+    ({**ROWS[4], "depth_window": 2, "depth_first": 3}, ["attn 0", "ffn 0", "attn 1", "attn 2", "ffn 2"], FFN),
+    ({**ROWS[4], "depth_window": 2, "depth_first": 4}, ALL[:6], FFN),
+    ({**ROWS[4], "depth_window": 5, "depth_first": 99}, ALL[:6], FFN),
+    ({**ROWS[5], "depth_window": 1, "depth_first": 1}, ["attn 0", "ffn 2"], ["attn 0", *FFN]),
+    ({**ROWS[5], "depth_window": 1, "depth_first": 1, "depth_every": 3}, [], ["attn 0", "ffn 0", "ffn 3"]),
 ]
 
 
 @pytest.mark.parametrize("variant, layer_3, projections", SCHEDULE, ids=lambda x: name_of(x) if type(x) is dict else "")
 def test_slot_schedule(variant, layer_3, projections):
     model = random_model(n_layer=5, **variant)
-    c, window = model.config, variant.get("depth_window", 99)
-    possible = [name for name in ALL if (name in ATTN and c.depth_kv) or (name in FFN and c.ffn_kv)]
-    for layer in range(5):  # the most recent ones of what the layers below may write
+    c, window, first = model.config, variant.get("depth_window", 99), variant.get("depth_first", 0)
+    writes_attn = c.depth_kv and c.attn_slot
+    possible = [name for name in ALL if (name in ATTN and writes_attn) or (name in FFN and c.ffn_kv)]
+    for layer in range(5):  # the first and the most recent ones of what the layers below may write
         below = [name for name in possible if int(name.split()[1]) < layer]
-        assert c.slot_names(layer) == below[-window:]
+        reads = layer in range(4, -1, -variant.get("depth_every", 1))
+        assert c.slot_names(layer) == (below[:-window][:first] + below[-window:] if reads else [])
     assert model.config.slot_names(3) == layer_3
 
     modules = [name for name, _ in model.named_modules() if name.endswith((".attn_kv", ".ffn_kv"))]
@@ -264,9 +280,10 @@ def test_slot_schedule(variant, layer_3, projections):
 
 @each_variant
 def test_plain_is_the_same_shape_without_depth(variant):
-    config, depth = replace(SMALL, **variant), ("depth_kv", "ffn_kv", "attn_kv", "depth_window")
+    config, depth = replace(SMALL, **variant), {**ROWS[1], "attn_slot": True, "depth_window": None}
+    depth |= {"depth_first": 0, "depth_every": 1}
     baseline = plain(config)
-    assert not any(getattr(baseline, field) for field in depth) and baseline.slot_kinds == ()
+    assert all(getattr(baseline, field) == off for field, off in depth.items()) and baseline.slot_kinds == ()
     assert replace(baseline, **{field: getattr(config, field) for field in depth}) == config
 
 
@@ -649,6 +666,11 @@ def test_defaults_and_presets():
         ({"depth_window": 0}, ["depth_window", "0"]),
         ({"depth_window": -1}, ["depth_window"]),
         ({"depth_window": 1.5}, ["depth_window"]),
+        *(({"depth_every": value}, ["depth_every"]) for value in (0, -2, 1.0, True, None)),
+        ({"depth_kv": False, "ffn_kv": False, "depth_every": 2}, ["depth_every", "depth_kv"]),
+        ({"depth_first": 1}, ["depth_first", "depth_window"]),
+        *(({"attn_slot": False, **more}, ["attn_slot", "ffn_kv"]) for more in ({"ffn_kv": False}, {"attn_kv": True})),
+        *(({"depth_first": value, "depth_window": 2}, ["depth_first"]) for value in (-1, 1.0, True, None)),
         ({"n_head": 3}, ["n_embd", "n_head"]),
         ({"n_kv_head": 3}, ["n_head", "n_kv_head"]),
         ({"n_kv_head": 8}, ["n_head", "n_kv_head"]),

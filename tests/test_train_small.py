@@ -279,6 +279,11 @@ def test_resume_may_lengthen_a_run_but_not_change_its_model_or_text(whole, text,
         main([*resume, "--n-layer", "3", "--optimizer", "adamw" if whole[2] == "muon" else "muon"])
     with pytest.raises(SystemExit, match="keeps its seed and batch_size"):  # they decide what it has read
         main([*resume, "--batch-size", "8", "--seed", "5"])
+    old = checkpoint(tmp_path)
+    del old["model_config"]["depth_every"]  # a field that the run's version did not have
+    torch.save(old, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="keeps its depth_every"):
+        main([*resume, "--depth-every", "2"])
     with pytest.raises(SystemExit, match="has done 10 steps"):
         main([*resume, "--steps", "9"])
     with pytest.raises(SystemExit, match="another text"):
@@ -530,7 +535,7 @@ def test_a_run_of_another_version(whole, tmp_path, part, change):
         (["--top-k", "few"], "--top-k: invalid int value"),
         (["--steps", "none"], "--steps: invalid int value"),  # only what is optional takes none
         (["--n-kv-head", "3"], "n_head .*n_kv_head"),
-        (["--no-depth-kv"], "ffn_kv, attn_kv and depth_window need depth_kv=True"),
+        (["--no-depth-kv"], "ffn_kv, attn_kv, depth_window and depth_every need depth_kv=True"),
         (["--no-depth-kv", "--no-ffn-kv", "--compare"], "--compare needs depth_kv"),
         (["--vocab-size", "256"], "vocab_size must be at least 257"),
         (["--grad-accum", "3"], "batch_size .* multiple"),
