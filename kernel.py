@@ -173,23 +173,19 @@ def _softmax_step(z, v, m, acc, o):
 
 
 @jit
-def _slots_of(columns, t0, n_slot, n_skipped, T_q, BLOCK_T: tl.constexpr, N_FIRST: tl.constexpr):
-    """The slot and the token of each column, and whether there are such. After the first N_FIRST slots (none: 0) come
-    n_skipped that are not read."""
+def _slots_of(columns, t0, n_slot, T_q, BLOCK_T: tl.constexpr):
+    """The slot and the token of each column, and whether there are such."""
     slot, source = (columns // BLOCK_T).to(tl.int64), (t0 + columns % BLOCK_T).to(tl.int64)
-    seen = (slot < n_slot) & (source < T_q)
-    if N_FIRST:
-        slot += tl.where(slot < N_FIRST, 0, n_skipped)
-    return slot, source, seen
+    return slot, source, (slot < n_slot) & (source < T_q)
 
 
 @jit
 def _forward_kernel(
     q, k, v, depth_k, depth_v, o, lse,  # pointers; o and lse are read too, if CONTINUE
     q_stride, k_stride, v_stride, depth_k_stride, depth_v_stride, o_stride,  # without the last dimension, whose is 1
-    T_q, T_kv, n_slot, n_skipped, scale_log2,
+    T_q, T_kv, n_slot, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,  # D: head_dim rounded up to a power of two
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CONTINUE: tl.constexpr, N_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CONTINUE: tl.constexpr,
 ):  # fmt: skip
     """The paper's Algorithm 1: sequence keys without mask, boundary keys with the causal mask, depth slots with the
     same-token mask, all into one state (m, acc, o). With CONTINUE the state is FlashAttention's, and only the third
@@ -242,7 +238,7 @@ def _forward_kernel(
     k_slots = depth_k + b * depth_k_stride[1] + kv_head * depth_k_stride[2]
     v_slots = depth_v + b * depth_v_stride[1] + kv_head * depth_v_stride[2]
     for start in range(0, n_slot * BLOCK_T, BLOCK_N):  # (3) the depth slots
-        slot, source, seen = _slots_of(start + col, t0, n_slot, n_skipped, T_q, BLOCK_T, N_FIRST)
+        slot, source, seen = _slots_of(start + col, t0, n_slot, T_q, BLOCK_T)
         in_k, in_v = in_dim[:, None] & seen[None, :], in_dim[None, :] & seen[:, None]
         k_col = k_slots + slot * depth_k_stride[0] + source * depth_k_stride[3]
         v_col = v_slots + slot * depth_v_stride[0] + source * depth_v_stride[3]
@@ -261,9 +257,9 @@ def _backward_kernel(
     do, q, depth_k, depth_v, o, lse,  # pointers
     dq, delta, ddepth_k, ddepth_v,  # pointers to results; dq holds the sequence half already
     do_stride, q_stride, depth_k_stride, depth_v_stride, o_stride, dq_stride, ddepth_k_stride, ddepth_v_stride,
-    T_q, n_slot, n_skipped, scale, scale_log2,
+    T_q, n_slot, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, N_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the depth half, in one pass over the slots: a slot's K and V at a token are read by that token's
     own rows only, all of them in this program, so dK and dV are finished and stored as they are met, with no atomics,
@@ -293,7 +289,7 @@ def _backward_kernel(
     dk_slots = ddepth_k + b * ddepth_k_stride[1] + kv_head * ddepth_k_stride[2]
     dv_slots = ddepth_v + b * ddepth_v_stride[1] + kv_head * ddepth_v_stride[2]
     for start in range(0, n_slot * BLOCK_T, BLOCK_N):
-        slot, source, seen = _slots_of(start + col, t0, n_slot, n_skipped, T_q, BLOCK_T, N_FIRST)
+        slot, source, seen = _slots_of(start + col, t0, n_slot, T_q, BLOCK_T)
         in_kv = seen[:, None] & in_dim[None, :]
         k_col = k_slots + slot * depth_k_stride[0] + source * depth_k_stride[3]
         v_col = v_slots + slot * depth_v_stride[0] + source * depth_v_stride[3]
@@ -331,10 +327,9 @@ def _launch(kernel, q, n_kv_head, rows, cols, args, n_reader=1, **meta):
         kernel[grid](*args, **(sizes | meta))
 
 
-def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=128, skip=(0, 0)):
+def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=128):
     """The joint (o, lse). Given the sequence half's as `state`, it goes on from there over the slots, in place; else it
-    is the whole of Algorithm 1, `rows` rows a program (fewer where they would not fit). skip: (n_first, n_skipped), to
-    leave out n_skipped slots after the first n_first."""
+    is the whole of Algorithm 1, `rows` rows a program (fewer where they would not fit)."""
     if state is None:
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         # float32 has no tensor cores: it is for checking, and large tiles take minutes to compile
@@ -346,22 +341,21 @@ def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=1
     (o,), lse = _readable(o), lse.contiguous()
     strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
     args = (q, k, v, depth_k, depth_v, o, lse, *strides)
-    args += (q.shape[2], k.shape[2], len(depth_k) - skip[1], skip[1], scale / math.log(2))
-    meta = {"CAUSAL": causal, "CONTINUE": state is not None, "N_FIRST": skip[0], "num_warps": 8 if rows >= 128 else 4}
+    args += (q.shape[2], k.shape[2], len(depth_k), scale / math.log(2))
+    meta = {"CAUSAL": causal, "CONTINUE": state is not None, "num_warps": 8 if rows >= 128 else 4}
     _launch(_forward_kernel, q, k.shape[1], rows, 64, args, **meta)
     return o, lse
 
 
-def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, slots=True, skip=(0, 0)):
-    """Adds the depth part to dq in place -> (ddepth_k, ddepth_v); without `slots`: delta (B, n_head, T_q). skip: as
-    above; what it leaves out of ddepth_k and ddepth_v is not written."""
+def _depth_backward_triton(do, q, depth_k, depth_v, o, lse, scale, dq, rows=16, slots=True):
+    """Adds the depth part to dq in place -> (ddepth_k, ddepth_v); without `slots`: delta (B, n_head, T_q)."""
     grads = _readable(torch.empty_like(depth_k), torch.empty_like(depth_v)) if slots else (dq[None], dq[None])  # unused
     delta, n_kv_head = torch.empty_like(lse), depth_k.shape[2]
     strides = [x.stride()[:-1] for x in (do, q, depth_k, depth_v, o, dq, *grads)]
     args = (do, q, depth_k, depth_v, o, lse, dq, delta, *grads, *strides)
-    args += (q.shape[2], len(depth_k) - skip[1], skip[1], scale, scale / math.log(2))
+    args += (q.shape[2], len(depth_k), scale, scale / math.log(2))
     cols, num_warps = (64, 4) if q.shape[1] // n_kv_head <= 8 else (32, 2)  # wider is slower with 16 heads and more
-    _launch(_backward_kernel, q, n_kv_head, rows, cols, args, SLOTS=slots, N_FIRST=skip[0], num_warps=num_warps)
+    _launch(_backward_kernel, q, n_kv_head, rows, cols, args, SLOTS=slots, num_warps=num_warps)
     return grads if slots else delta
 
 
@@ -427,14 +421,13 @@ def _why_not_triton(q):
     return "it takes a GPU of compute capability 8.0 or more" if old else None
 
 
-def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl, skip=(0, 0)):
-    """(o, lse) as `moda_attention`, without autograd, for what it has checked; depth_k, depth_v: lists, see above.
-    skip: as in `_forward_triton`, for impl="triton"."""
+def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl):
+    """(o, lse) as `moda_attention`, without autograd, for what it has checked; depth_k, depth_v: lists, see above."""
     q_read, k, v, depth_k, depth_v = _readable(q, k, v, _stacked(depth_k), _stacked(depth_v))
     with _full_precision(q):
         state = None if impl == "fused" else sequence_forward(q_read, k, v, causal, scale)
         if impl == "fused" or (impl == "triton" and depth_k is not None):
-            state = _forward_triton(q_read, k, v, depth_k, depth_v, causal, scale, state, skip=skip)
+            state = _forward_triton(q_read, k, v, depth_k, depth_v, causal, scale, state)
         elif depth_k is not None:
             state = _depth_forward_torch(q_read, depth_k, depth_v, *state, scale)
     return laid_out(state[0], q), state[1].contiguous()

@@ -8,6 +8,7 @@ dV loop, with layers in place of query blocks.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch.autograd import Variable
@@ -64,17 +65,18 @@ class SlotBuffers:
         self.k[slot], self.v[slot] = k, v
 
     def read(self, layer):
-        """From the first to the last slot that a layer reads: depth_k, depth_v in pieces, and what to skip of them."""
-        if not layer.reads:
-            return [], [], (0, 0)
-        first, stop = layer.reads[0], layer.reads[-1] + 1
-        n_skipped = stop - first - len(layer.reads)
-        return [self.k[first:stop]], [self.v[first:stop]], (self.n_first if n_skipped else 0, n_skipped)
+        """The slots that a layer reads, in place: pairs depth_k, depth_v, one for each run of successive numbers."""
+        ends = [i + 1 for i, (a, b) in enumerate(pairwise(layer.reads)) if b > a + 1]
+        runs = [layer.reads[i:j] for i, j in pairwise([0, *ends, len(layer.reads)])] if layer.reads else []
+        return [(self.k[run[0] : run[-1] + 1], self.v[run[0] : run[-1] + 1]) for run in runs]
 
     def attend(self, layer, q, k, v):
         """-> o (B, n_head, T, head_dim), lse (B, n_head, T)."""
-        depth_k, depth_v, skip = self.read(layer)
-        return kernel.attention_forward(q, k, v, depth_k, depth_v, True, q.shape[-1] ** -0.5, "triton", skip)
+        scale = q.shape[-1] ** -0.5
+        state = kernel.attention_forward(q, k, v, [], [], True, scale, "triton")
+        for depth_k, depth_v in self.read(layer):  # the kernel goes on from one run of slots to the next
+            state = kernel._forward_triton(q, k, v, depth_k, depth_v, True, scale, state)
+        return state
 
     def add_reader(self, layer, do, q, o, lse, dq):
         """A layer's attention is being differentiated: add the depth part to dq, and keep what the slots need of it.
@@ -82,9 +84,10 @@ class SlotBuffers:
         if self.addresses is None:
             n_reader = triton.cdiv(self.n_slot, self.per_reader)
             self.addresses = torch.empty(n_reader, 8, dtype=torch.int64, device=q.device)
-        (depth_k,), (depth_v,), skip = self.read(layer)
-        args = (do, q, depth_k, depth_v, o, lse, q.shape[-1] ** -0.5, dq)
-        delta, start = kernel._depth_backward_triton(*args, slots=False, skip=skip), layer.reads[skip[0]]
+        for depth_k, depth_v in self.read(layer):  # each adds its part to dq; delta is the same
+            args = (do, q, depth_k, depth_v, o, lse, q.shape[-1] ** -0.5, dq)
+            delta = kernel._depth_backward_triton(*args, slots=False)
+        start = layer.reads[-len(depth_k)]
         _addresses_kernel[(1,)](self.addresses[len(self.readers)], q, do, lse, delta, start)
         self.readers.append((q.detach(), do, lse, delta, start))
 

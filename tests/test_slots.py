@@ -44,9 +44,8 @@ def test_slots_backward(group, n_reader, head_dim, n_slot, n_first, device, dtyp
             q, k, v, torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32), scale
         )
         dq = torch.zeros_like(q)
-        skip = (n_first, start - n_first) if 0 < n_first < start else (0, 0)
-        in_place = (x[min(reads, default=n_all) :] for x in (depth_k, depth_v))
-        delta = kernel._depth_backward_triton(do, q, *in_place, o, lse, scale, dq, slots=False, skip=skip)
+        for run in (slice(min(n_first, start)), slice(start, n_all)):
+            delta = kernel._depth_backward_triton(do, q, depth_k[run], depth_v[run], o, lse, scale, dq, slots=False)
         slots._addresses_kernel[(1,)](addresses[i], q, do, lse, delta, start)
         readers.append((q, do, lse, delta, start))
         dq_ = torch.zeros_like(q, dtype=torch.float64)
