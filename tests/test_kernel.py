@@ -651,7 +651,7 @@ class Compile:  # stands in for a kernel: compiles what it is launched with, for
         known = dict(re.findall(r"mov\\.b32\\s+(%r\\d+), (-?\\d+);", ptx))
         for pair in re.findall(r"\\.[su]16x2\\s+%r\\d+, (%r\\d+), (%r\\d+);", ptx):
             for number in (int(known[x]) for x in pair if x in known):
-                # with one half empty, ptxas up to 13.0 drops the constant: see experiments/NOTES.md
+                # with one half empty, ptxas up to 13.0 drops the constant: see experiments/traps/ptxas-packed-halves.md
                 assert number & 0xFFFF and number >> 16 & 0xFFFF, (self.fn.__name__, meta)
         print("compiled", self.fn.__name__, meta)
 
