@@ -187,9 +187,9 @@ def _forward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,  # D: head_dim rounded up to a power of two
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CONTINUE: tl.constexpr,
 ):  # fmt: skip
-    """The paper's Algorithm 1: sequence keys without mask, boundary keys with the causal mask, depth slots with the
-    same-token mask, all into one state (m, acc, o). With CONTINUE the state is FlashAttention's, and only the third
-    loop runs. The last blocks have the most keys, so they go first."""
+    """The paper's Algorithm 1: three loops into one state (m, acc, o), over sequence keys without mask, over boundary
+    keys with the causal mask, over depth slots with the same-token mask. With CONTINUE the state is FlashAttention's,
+    and only the third loop runs. The last blocks have the most keys, so they go first."""
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_T: tl.constexpr = BLOCK_M // GROUP  # tokens of this program
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T
@@ -261,9 +261,9 @@ def _backward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the depth half, in one pass over the slots: a slot's K and V at a token are read by that token's
-    own rows only, all of them in this program, so dK and dV are finished and stored as they are met, with no atomics,
-    and dq is added to the sequence half's. Without SLOTS only dq and delta: slots.py sums dK and dV over layers."""
+    """Gradients of the depth half, in one pass over the slots. A slot's K and V at a token are read by that token's own
+    rows only, and this program has all of them. So dK and dV are finished and stored as they are met, with no atomics.
+    dq is added to the sequence half's. Without SLOTS only dq and delta: slots.py sums dK and dV over layers."""
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_T: tl.constexpr = BLOCK_M // GROUP
     t0 = tl.program_id(0) * BLOCK_T
@@ -340,8 +340,7 @@ def _forward_triton(q, k, v, depth_k, depth_v, causal, scale, state=None, rows=1
         depth_k = depth_v = k[None, ..., :0, :][:0]  # no slots
     (o,), lse = _readable(o), lse.contiguous()
     strides = [x.stride()[:-1] for x in (q, k, v, depth_k, depth_v, o)]
-    args = (q, k, v, depth_k, depth_v, o, lse, *strides)
-    args += (q.shape[2], k.shape[2], len(depth_k), scale / math.log(2))
+    args = (q, k, v, depth_k, depth_v, o, lse, *strides, q.shape[2], k.shape[2], len(depth_k), scale / math.log(2))
     meta = {"CAUSAL": causal, "CONTINUE": state is not None, "num_warps": 8 if rows >= 128 else 4}
     _launch(_forward_kernel, q, k.shape[1], rows, 64, args, **meta)
     return o, lse
@@ -497,8 +496,8 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable, once, in all five tensors; in
     forward mode (torch.func.jvp) every impl is the reference. Autocast casts the inputs as for PyTorch's own attention.
     A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0.
-    Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal, for empty tensors,
-    for a tensor as scale (it would get no gradient), and for an `impl` that is unknown or cannot run here."""
+    Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal and for empty tensors;
+    for a tensor as scale, which would get no gradient; for an `impl` that is unknown or cannot run here."""
     q, k, v, depth_k, depth_v = (_autocast(x) for x in (q, k, v, depth_k, depth_v))
     _check(q, k, v, depth_k, depth_v, causal)
     if isinstance(scale, torch.Tensor):
