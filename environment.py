@@ -11,12 +11,18 @@ import platform
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing there keeps two runs apart
+    fcntl = None
 
 
 def make_parser(description, groups):
@@ -104,15 +110,57 @@ def pick_device(name):
     return zero.device  # cuda:0, where only cuda was asked for
 
 
-def choose_folder(out, preset, resume):
-    """out; or, of runs/PRESET, runs/PRESET-2, ..., the first that is free, or to resume the last that is not.
-    ValueError for an `out` that is a file, or, unless it is to be resumed, that holds a run."""
-    if out is None:
-        numbered = (Path("runs", preset if i == 1 else f"{preset}-{i}") for i in itertools.count(1))
-        used = list(itertools.takewhile(lambda folder: (folder / "checkpoint.pt").exists(), numbered))
-        return used[-1] if resume and used else Path("runs", f"{preset}-{len(used) + 1}" if used else preset)
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file, and has to be a folder")
+class InUse(ValueError):
+    """Another run is at work in the folder."""
+
+
+@contextlib.contextmanager
+def claim(folder):
+    """Make the run folder, and keep other runs out of it until the block ends or this process dies. What was made is
+    removed if it is still empty then. InUse; ValueError for a folder that cannot be made or written to."""
+    with contextlib.ExitStack() as cleanup:
+        try:
+            for path in (folder, *folder.parents)[::-1]:
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    cleanup.callback(_remove_if_empty, path)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"--out {str(folder)!r} cannot be used: {error.strerror}") from error
+        if fcntl:
+            cleanup.callback(os.close, lock := os.open(folder, os.O_RDONLY))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InUse(f"another run is at work in {str(folder)!r}: choose another --out") from None
+            except OSError:  # a network drive without locks
+                pass
+        yield
+
+
+def _remove_if_empty(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def choose_folder(claims, out, preset, resume):
+    """out; or, of runs/PRESET, runs/PRESET-2, ..., the first that is free, or to resume the last that is not. It is
+    claimed until the ExitStack `claims` closes. ValueError as in `claim`, for an `out` that is no name of a folder,
+    and, unless it is to be resumed, for one that holds a run."""
+    numbered = (Path("runs", preset if i == 1 else f"{preset}-{i}") for i in itertools.count(1))
+    if out is None and resume:
+        used = [path for path in itertools.takewhile(Path.exists, numbered) if (path / "checkpoint.pt").exists()]
+        out = used[-1] if used else Path("runs", preset)
+    while out is None:
+        folder = next(numbered)
+        with contextlib.suppress(InUse), contextlib.ExitStack() as claimed:
+            claimed.enter_context(claim(folder))
+            if not (folder / "checkpoint.pt").exists():
+                claims.enter_context(claimed.pop_all())
+                return folder
+    if not str(out) or (os.path.lexists(out) and not Path(out).is_dir()):
+        raise ValueError(f"--out {str(out)!r} has to be a folder")
+    claims.enter_context(claim(Path(out)))
     if (Path(out) / "checkpoint.pt").exists() and not resume:
         raise ValueError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out")
     return Path(out)
@@ -124,7 +172,8 @@ class Interrupted(SystemExit):
 
 @contextlib.contextmanager
 def interrupt_between_steps():
-    """Yields a list, empty until Ctrl-C, so that no step is torn in half. A second Ctrl-C stops at once."""
+    """Yields a list, empty until Ctrl-C, so that no step is torn in half. A second Ctrl-C stops at once. What a cluster
+    sends before it kills (SIGTERM), and a closed terminal (SIGHUP), count as Ctrl-C, unless nohup ignores them."""
     interrupts = []
 
     def note(signum, frame):
@@ -135,18 +184,28 @@ def interrupt_between_steps():
     if threading.current_thread() is not threading.main_thread():  # where there are no signals
         yield interrupts
         return
-    before = signal.signal(signal.SIGINT, note)
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    before = {signum: handler for signum, handler in before.items() if handler != signal.SIG_IGN}
     try:
+        for signum in before:
+            signal.signal(signum, note)
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def write_atomically(path, write):
-    """Call write(a temporary path), then rename: a crash half way leaves the old file whole."""
+    """Call write(a temporary path), then rename: a crash half way leaves the old file whole. OSError."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"cannot write {str(path)!r}, is the disk full? {error}") from error
+    finally:  # half a checkpoint would keep the disk full
+        temporary.unlink(missing_ok=True)
 
 
 def commit():

@@ -323,7 +323,7 @@ class MoDA(nn.Module):
         before = self.cos
         super()._apply(fn, recurse)
         if self.cos is not before:
-            self.cos, self.sin = rotary_table(self.config, self.embed.weight)
+            self.cos, self.sin = rotary_table(self.config, self.cos)
         return self
 
     def forward(self, idx, targets=None):

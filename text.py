@@ -1,6 +1,7 @@
 """Text in, batches of tokens out: files, tokenizer, and the order in which a run reads its windows."""
 
 import base64
+import codecs
 import functools
 import hashlib
 import json
@@ -11,37 +12,65 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
 END = "<|endoftext|>"
+BAR = {"delay": 2, "leave": False}  # of progress: shown where it takes more than 2 seconds
 PIECE = 2**16  # characters encoded at a time: a longer run of spaces overflows the stack of tiktoken's regex
 # besides tests and other people's packages: what is no program, one generated file of prose and a hundred code tables
 STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings"}
 
 
-def read_documents(data=""):
+def read_documents(data="", out=None):
     """Read the text -> {path within the folder: text}, ordered by path.
 
     data: a file, a folder (every UTF-8 file in it, hidden ones excepted), or "" for the source of this machine's
-    Python standard library without its tests. ValueError if there is no text.
+    Python standard library without its tests. What training wrote is no text: run folders are left out, and the folder
+    `out`. ValueError, with a file and a reason, if there is no text.
     """
-    root, documents, skipped = Path(data or sysconfig.get_paths()["stdlib"]), {}, 0
-    found = [root] if root.is_file() else (path for path in root.rglob("*" if data else "*.py") if path.is_file())
-    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in found):
+    root, documents, skipped = Path(data or sysconfig.get_paths()["stdlib"]), {}, []
+    if not root.is_file() and not root.is_dir():
+        raise ValueError(f"no text: {str(root)!r} is no file and no folder, seen from {str(Path.cwd())!r}")
+    found = [root] if root.is_file() else [path for path in root.rglob("*" if data else "*.py") if path.is_file()]
+    runs = {path.parent for path in found if path.name == "metrics.jsonl" and path.with_name("tokenizer.json").exists()}
+    runs = {path.resolve() for path in (*runs, *([Path(out)] if out else [])) if root.is_dir()}
+    for name, path in tqdm(sorted((path.relative_to(root).as_posix(), path) for path in found), "reading", **BAR):
         parts = name.split("/")
         hidden = name != "." and any(part.startswith(".") for part in parts)
-        if hidden or (not data and STDLIB_SKIP & set(parts)):
+        if hidden or (not data and STDLIB_SKIP & set(parts)) or not runs.isdisjoint(path.resolve().parents):
             continue
         try:
-            text = path.read_bytes().decode("utf-8")  # from bytes: line ends stay as they are
-        except (OSError, UnicodeDecodeError):
-            text = "\0"
-        skipped += "\0" in text
-        documents |= {name: text} if text and "\0" not in text else {}
-    if not documents:
-        raise ValueError(f"no text in {str(root)!r}: it is missing, empty, or neither readable nor UTF-8")
+            documents[name] = read_text(path)
+        except ValueError as error:
+            skipped.append(f"{str(path)!r} {error}")
+    documents = {name: text for name, text in documents.items() if text}
     if skipped:
-        print(f"skipped {skipped} of {skipped + len(documents)} files: binary, unreadable or not UTF-8")
+        reasons = skipped[0] + f", and {len(skipped) - 1} more" * (len(skipped) > 1)
+    if not documents:
+        links = any(path.is_symlink() and path.is_dir() for path in root.rglob("*"))
+        empty = f"{str(root)!r} is empty" + ", but for links to folders, which are not followed" * links
+        raise ValueError(f"no text: {reasons if skipped else empty}")
+    if skipped:
+        print(f"skipped {len(skipped)} of {len(skipped) + len(documents)} files: {reasons}")
     return documents
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark; line ends stay as they are. ValueError says why not, as the
+    end of a sentence that begins with the file."""
+    try:
+        with path.open("rb") as file:
+            if b"\0" not in (raw := file.read(2**16)):  # of a large binary file that is enough
+                raw += file.read()
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("is UTF-16: save it as UTF-8")
+        if (zero := raw.find(0)) >= 0:
+            raise ValueError(f"is binary, not UTF-8: byte {zero} is 0")
+        return raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8: byte {error.start} is {raw[error.start]:#x}, {error.reason}") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
 
 
 def split_documents(documents):
@@ -50,7 +79,7 @@ def split_documents(documents):
     A hash of its path holds out one file in 16, whatever else the folder gains or loses. Where that gives no usable
     split, as with a single file, the last tenth of every file is held out, from the beginning of a line.
     """
-    held_out = {name for name in documents if hashlib.sha256(name.encode()).digest()[0] < 16}
+    held_out = {name for name in documents if hashlib.sha256(name.encode(errors="surrogateescape")).digest()[0] < 16}
     validation = [text for name, text in documents.items() if name in held_out]
     if 0.01 < sum(map(len, validation)) / sum(map(len, documents.values())) < 0.5:
         return [text for name, text in documents.items() if name not in held_out], validation
@@ -59,8 +88,10 @@ def split_documents(documents):
     return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
 
 
-def pieces(text):
-    return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+def pieces(text, bar):
+    for i in range(0, len(text), PIECE):
+        yield text[i : i + PIECE]
+        bar.update(min(PIECE, len(text) - i))
 
 
 def make_tokenizer(name, texts, vocab_size):
@@ -76,7 +107,9 @@ def make_tokenizer(name, texts, vocab_size):
     import rustbpe  # here, as whoever only reads a run does not need it
 
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator((piece for text in texts for piece in pieces(text)), vocab_size=vocab_size - 1)
+    with tqdm(desc="counting words", unit="char", unit_scale=True, **BAR) as bar:
+        words = (piece for text in texts for piece in pieces(text, bar))
+        bpe.train_from_iterator(words, vocab_size=vocab_size - 1, buffer_size=64)  # pieces in memory at a time
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
     return tiktoken.Encoding("bpe", pat_str=bpe.get_pattern(), mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
@@ -103,9 +136,10 @@ def encode(tokenizer, texts):
     Where a text itself spells <|endoftext|>, those characters are encoded, not the token.
     """
     stream, end = [], [np.array([tokenizer.eot_token])]
-    for text in texts:
-        stream += end + [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
-    return torch.from_numpy(np.concatenate(stream + end).astype(np.int64))
+    with tqdm(desc="encoding", unit="char", unit_scale=True, **BAR) as bar:
+        for text in texts:
+            stream += end + [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text, bar)]
+    return torch.from_numpy(np.concatenate(stream + end, dtype=np.int64))
 
 
 @functools.lru_cache(maxsize=2)
@@ -143,20 +177,28 @@ def token_bytes(tokenizer):
     return n_byte
 
 
-def load_text(source, tokenizer, vocab_size):
+def sha256(documents):
+    whole = hashlib.sha256()
+    for text in documents.values():
+        whole.update(text.encode())
+    return whole.hexdigest()
+
+
+def load_text(source, tokenizer, vocab_size, out=None):
     """Read, split and encode the text -> (tiktoken.Encoding, training tokens (n_token,), validation tokens (n_token,),
     what a run records of its text: a dict). ValueError for what cannot be read.
 
-    source: see `read_documents`. tokenizer: a name and the largest vocab_size for `make_tokenizer`, or an Encoding.
+    source, out: see `read_documents`. tokenizer: a name and the largest vocab_size for `make_tokenizer`, or an
+    Encoding.
     """
-    documents = read_documents(source)
-    train_texts, held_out_texts = split_documents(documents)
-    if isinstance(tokenizer, str):
-        tokenizer = make_tokenizer(tokenizer, train_texts, vocab_size)
-    tokens, held_out = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)
-    sha256 = hashlib.sha256("".join(documents.values()).encode()).hexdigest()
-    record = {"source": source or "Python's standard library", "files": len(documents), "sha256": sha256}
+    documents = read_documents(source, out)
+    record = {"source": source or "Python's standard library", "files": len(documents), "sha256": sha256(documents)}
     record["vocab_size"] = vocab_size  # as asked for: a short text may not have that many tokens
-    for name, texts, ids in (("train", train_texts, tokens), ("validation", held_out_texts, held_out)):
-        record |= {f"{name}_bytes": len("".join(texts).encode()), f"{name}_tokens": len(ids)}
+    parts = split_documents(documents)
+    del documents  # of a large text, one copy is enough
+    if isinstance(tokenizer, str):
+        tokenizer = make_tokenizer(tokenizer, parts[0], vocab_size)
+    tokens, held_out = (encode(tokenizer, texts) for texts in parts)
+    for name, texts, ids in zip(("train", "validation"), parts, (tokens, held_out), strict=True):
+        record |= {f"{name}_bytes": sum(len(text.encode()) for text in texts), f"{name}_tokens": len(ids)}
     return tokenizer, tokens, held_out, record

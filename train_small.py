@@ -10,6 +10,8 @@ The run folder gets checkpoint.pt, tokenizer.json, config.json, metrics.jsonl, r
 `load_run(folder)` gives the model and the tokenizer back. How text becomes batches of tokens is in text.py.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -36,7 +38,7 @@ from environment import (
 )
 from fast import FastMoDA, Muon, record_training
 from moda import PRESETS, MoDA, MoDAConfig, plain
-from text import get_batch, load_text, token_bytes, tokenizer_from_json, tokenizer_to_json, validation_windows
+from text import BAR, get_batch, load_text, token_bytes, tokenizer_from_json, tokenizer_to_json, validation_windows
 
 FORMAT = "moda train_small 1"  # changes when load_run can no longer read older checkpoints
 BLUE, VERMILLION = "#0072B2", "#D55E00"
@@ -66,7 +68,8 @@ class TrainConfig:
     compile: bool = False  # by torch.compile: worth its half minute on a GPU, in long runs
     checkpoint: bool = False  # compute each layer's inside again in the backward: less memory, more time
     eval_every: int = 50  # steps from one validation loss to the next
-    eval_tokens: int = 8192  # of the validation text, while training; at the end all of it counts
+    eval_tokens: int = 8192  # of the validation text, spread over it, while training
+    test_tokens: int | None = 1_000_000  # of the validation text, spread over it, at the end; none: all
     save_every: int = 200  # steps from one checkpoint to the next
     prompt: str = ""  # of the sample; empty: 32 tokens from the middle of the validation text
     sample_tokens: int = 300  # length of the sample
@@ -83,7 +86,7 @@ class TrainConfig:
             ("decay", lambda x: 0 <= x <= 1, "a share of the steps, from 0 to 1"),
             ("seed", lambda x: 0 <= x < 2**32, "from 0 to below 2**32"),
             ("temperature", lambda x: 0 <= x <= 1000, "from 0 to 1000"),
-            ("top_k", lambda x: x is None or x >= 1, "none or at least 1"),
+            ("top_k test_tokens", lambda x: x is None or x >= 1, "none or at least 1"),
         ]
         for names, is_right, wanted in rules:
             for name in names.split():
@@ -103,6 +106,10 @@ class TrainConfig:
 # ------------------------------------------------------------------------------------------------- the run folder
 
 
+def sha256(tokenizer):
+    return hashlib.sha256(tokenizer_to_json(tokenizer).encode()).hexdigest()
+
+
 def load_checkpoint(folder, to_resume=False):
     """-> (the checkpoint's dict, tensors on the CPU; tiktoken.Encoding). ValueError if there is no usable run; with
     to_resume also for one that `load_run` can read, but that cannot go on."""
@@ -114,14 +121,17 @@ def load_checkpoint(folder, to_resume=False):
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"not marked {FORMAT!r}")
         tokenizer = tokenizer_from_json(path.with_name("tokenizer.json").read_text(encoding="utf-8"))
-        TrainConfig(**state["train_config"])  # settings that this version of the code does not have?
+        known = state["data"].get("tokenizer_sha256"), state["model_config"]["vocab_size"]
+        if known[0] not in (None, sha256(tokenizer)) or known[1] != tokenizer.n_vocab:
+            raise ValueError("the tokenizer is not the one that the model was trained with")
+        state["train_config"] = asdict(TrainConfig(**state["train_config"]))  # settings that this version has?
         with torch.device("meta"):
             wanted = MoDA(MoDAConfig(**state["model_config"])).state_dict()
         if {name: w.shape for name, w in wanted.items()} != {name: w.shape for name, w in state["model"].items()}:
             raise ValueError("other weights than the model has")
     except Exception as error:  # whatever the damage makes the loaders stumble over
         raise ValueError(f"the checkpoint or tokenizer in {str(folder)!r} is damaged or foreign: {error!r}") from error
-    if to_resume and not {"optimizers", "rng", "history"} <= state.keys():
+    if to_resume and not {"optimizers", "rng", "history", "step", "seconds"} <= state.keys():
         why = "is an export, or an older version's: load_run can read it, but it cannot go on"
         raise ValueError(f"the run in {str(folder)!r} {why}")
     return state, tokenizer
@@ -214,6 +224,13 @@ def training_step(model, optimizers, config, x, y):
     return record_training(differentiate, optimizers, x, y) if x.is_cuda else (differentiate, update)
 
 
+def spread(windows, n_token):
+    """Of the validation windows, two of (n_window, T), so many that they hold n_token tokens, None for all of them."""
+    n_window, T = windows[0].shape
+    n = n_window if n_token is None else min(n_window, max(1, n_token // T))
+    return [x[torch.arange(n, device=x.device) * n_window // n] for x in windows]
+
+
 @torch.no_grad()
 def evaluate(model, x, y, n_byte, batch_size):
     """Loss over the windows x, y (n_window, T), targets of -1 left out -> (nats per token, bits per byte of UTF-8).
@@ -222,7 +239,8 @@ def evaluate(model, x, y, n_byte, batch_size):
     no byte of text.
     """
     nats, n_token, n_text = 0.0, 0, 0
-    for idx, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):  # (B, T) each
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    for idx, targets in tqdm(batches, "evaluating", **BAR):  # (B, T) each
         predicted = targets[targets >= 0].cpu()
         nats += mean_loss(model, idx, targets).item() * len(predicted)
         n_token += len(predicted)
@@ -234,7 +252,7 @@ class Results(dict):
     """What `main` returns. It prints as three lines, without its history."""
 
     def __repr__(self):
-        text = "validation: {val_bpb:.4f} bits per byte, {val_loss:.4f} nats per token\n"
+        text = "validation: {val_bpb:.4f} bits per byte, {val_loss:.4f} nats per token, over {val_tokens:,} tokens\n"
         text += "training: {parameters:,} parameters, {seconds:,.0f} s, {tokens_per_s:,.0f} tokens/s\nkeys: "
         return text.format_map(self) + ", ".join(self)
 
@@ -260,7 +278,8 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
             optimizer.load_state_dict(old)
         torch.set_rng_state(state["rng"])
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"train_config": asdict(config), "model_config": asdict(model_config), "data": data}
+    record = {"train_config": asdict(config), "model_config": asdict(model_config)}
+    record["data"] = data | {"tokenizer_sha256": sha256(tokenizer)}
     extra = {"parameters": model.num_params(), "machine": machine(device)}
     texts = {"config.json": json.dumps(record | extra, indent=2), "tokenizer.json": tokenizer_to_json(tokenizer)}
     texts[metrics.name] = "".join(json.dumps(row) + "\n" for row in history)  # a crash may have left more there
@@ -278,7 +297,7 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
         return get_batch(tokens, T, config.seed, range(step * B, (step + 1) * B))
 
     n_byte, micro = token_bytes(tokenizer), B // config.grad_accum
-    few_windows = [x[:: max(1, x.numel() // config.eval_tokens)] for x in windows]
+    few_windows, test_windows = spread(windows, config.eval_tokens), spread(windows, config.test_tokens)
     differentiate, update = training_step(model, optimizers, config, *batch(0))
     bar = tqdm(total=config.steps, initial=step, desc=folder.name, unit="step")
     with bar, interrupt_between_steps() as interrupts:
@@ -312,8 +331,12 @@ def train(folder, config, model_config, tokenizer, tokens, windows, data, resume
                 saved = step
             if stop and step < config.steps:
                 raise Interrupted(f"stopped and saved after step {step}: run it again to go on")
-    val_loss, val_bpb = evaluate(model, *windows, n_byte, micro)
-    results = Results(val_loss=val_loss, val_bpb=val_bpb, parameters=model.num_params(), seconds=seconds)
+    try:
+        val_loss, val_bpb = evaluate(model, *test_windows, n_byte, micro)
+    except KeyboardInterrupt:
+        raise Interrupted(f"all {step} steps are saved, but not evaluated: run it again for that") from None
+    results = Results(val_loss=val_loss, val_bpb=val_bpb, val_tokens=(test_windows[1] >= 0).sum().item())
+    results |= {"parameters": model.num_params(), "seconds": seconds}
     return model, Results(results, tokens_per_s=step * B * T / seconds, history=history)
 
 
@@ -325,13 +348,14 @@ PARSER = make_parser(__doc__, GROUPS)
 FIXED = ("preset", "tokenizer", "optimizer", "batch_size", "seed")  # what a resumed run cannot change
 
 
-def prepare(options):
+def prepare(options, claims):
     """Read and check all that every run needs, before the first begins -> {"MoDA" or "plain": the arguments of
-    `train`}. options: {field: value} of `Place`, `TrainConfig` and `MoDAConfig`. ValueError for what cannot work."""
+    `train`}. options: {field: value} of `Place`, `TrainConfig` and `MoDAConfig`. The run folders are claimed until the
+    ExitStack `claims` closes. ValueError for what cannot work."""
     groups = [{f.name: options[f.name] for f in fields(group) if f.name in options} for group in GROUPS.values()]
     place, training, shape = Place(**groups[0]), *groups[1:]
     device, resume = pick_device(place.device), place.resume
-    folder = choose_folder(place.out, training.get("preset", TrainConfig.preset), resume)
+    folder = choose_folder(claims, place.out, TrainConfig(**training).preset, resume)
     if resume:
         old, tokenizer = load_checkpoint(folder, to_resume=True)
         model_config = MoDAConfig(**old["model_config"])  # which may be of fewer fields than there are today
@@ -347,14 +371,15 @@ def prepare(options):
         tokenizer, vocab_size = config.tokenizer, model_config.vocab_size
     if config.compare and not model_config.depth_kv:
         raise ValueError("--compare needs depth_kv=True, as it compares with depth_kv=False")
-    tokenizer, tokens, held_out, data = load_text(config.data, tokenizer, vocab_size)
+    tokenizer, tokens, held_out, data = load_text(config.data, tokenizer, vocab_size, folder)
     model_config, T = replace(model_config, vocab_size=tokenizer.n_vocab), model_config.block_size
     if len(tokens) < T:
-        raise ValueError(f"the text is too short: {len(tokens)} training tokens, but block_size is {T}")
+        found = f"its {data['train_bytes']:,} bytes for training are {len(tokens)} tokens"
+        raise ValueError(f"the text is too short: {found}, but block_size is {T}")
 
     runs = {"MoDA" if model_config.depth_kv else "plain": (folder, config, model_config)}
     if config.compare:
-        beside = choose_folder(folder / "plain", config.preset, resume)
+        beside = choose_folder(claims, folder / "plain", config.preset, resume)
         runs["plain"] = beside, replace(config, compare=False), plain(model_config)
     for run_folder, _, run_model in runs.values():
         if not (run_folder / "checkpoint.pt").exists():
@@ -362,7 +387,7 @@ def prepare(options):
         old, _ = load_checkpoint(run_folder, to_resume=True)
         if old["step"] > config.steps:
             raise ValueError(f"the run in {str(run_folder)!r} has done {old['step']} steps: --steps cannot be less")
-        if old["data"]["sha256"] != data["sha256"]:
+        if old["data"].get("sha256") != data["sha256"]:
             raise ValueError(f"the run in {str(run_folder)!r} began with another text: the SHA-256 differs")
         same = all(old["train_config"][name] == getattr(config, name) for name in FIXED)
         if not same or MoDAConfig(**old["model_config"]) != run_model:
@@ -397,35 +422,47 @@ def main(argv=None, **keywords):
     """Train -> the results, a dict that prints as three lines. `main(["--steps", "100"])` is the command line,
     `main(steps=100)` the same in a notebook; --help lists the names.
 
-    run (the folder), val_loss (nats per token) and val_bpb (bits per byte) over the whole validation split,
+    run (the folder), val_loss (nats per token) and val_bpb (bits per byte) over val_tokens of the validation split,
     parameters, seconds, tokens_per_s, history (the rows of metrics.jsonl), sample; with compare also plain, the same
     of the other model but for run and sample. SystemExit with one clear sentence for whatever cannot work.
     """
-    try:
-        runs = prepare(parse_arguments(PARSER, argv or [], keywords))
-    except ValueError as error:
-        raise SystemExit(f"error: {error if argv is not None else as_keywords(str(error))}") from error
-    folder, config, model_config, tokenizer, tokens, (x, _), *_ = next(iter(runs.values()))
+    with contextlib.ExitStack() as claims:
+        try:
+            try:
+                runs = prepare(parse_arguments(PARSER, argv or [], keywords), claims)
+            except ValueError as error:
+                raise SystemExit(f"error: {error if argv is not None else as_keywords(str(error))}") from error
+            return run(runs)
+        except Interrupted as stopped:
+            folder = str(next(iter(runs.values()))[0])
+            how = f"main(out={folder!r}, resume=True)" if argv is None else f"--out {folder!r} --resume"
+            raise SystemExit(f"{stopped}, with {how}") from None
+        except OSError as error:  # a full disk
+            raise SystemExit(f"error: {error}") from error
+
+
+def run(runs):
+    """Train what `prepare` made ready, sample, plot and print -> the results, as in `main`."""
+    folder, config, model_config, tokenizer, tokens, (x, y), data, _ = next(iter(runs.values()))
     if tokens.is_cuda:
         torch.cuda.set_device(tokens.device)
         torch.set_float32_matmul_precision("high")
     print_hints(config, len(tokens), model_config.block_size)
-    try:
-        trained = {label: train(*arguments) for label, arguments in runs.items()}
-    except Interrupted as stopped:
-        how = f"main(out={str(folder)!r}, resume=True)" if argv is None else f"--out {str(folder)!r} --resume"
-        raise SystemExit(f"{stopped}, with {how}") from None
+    trained = {label: train(*arguments) for label, arguments in runs.items()}
     model, results = next(iter(trained.values()))
-    results["sample"] = write_sample(folder, model, config, tokenizer, x[len(x) // 2, :32])
+    results["sample"] = write_sample(folder, model, config, tokenizer, x[len(x) // 2][y[len(x) // 2] >= 0][:32])
     table = {label: results for label, (_, results) in trained.items()}
     plot(folder / "loss.png", {label: results["history"] for label, results in table.items()})
     short = {label: {k: v for k, v in results.items() if k != "history"} for label, results in table.items()}
     (folder / "result.json").write_text(json.dumps(short, indent=2))
-    print(f"\n{results['sample']}\n\nmodel    parameters   tokens/s  nats/token  bits/byte")
+    n, n_all = results["val_tokens"], data["validation_tokens"] - 1
+    print(f"\n{results['sample']}\n\nvalidation: {'all' if n == n_all else f'{n:,} of'} {n_all:,} tokens")
+    print("model    parameters   tokens/s  nats/token  bits/byte")
     for label, r in table.items():
         print(f"{label:6} {r['parameters']:12,} {r['tokens_per_s']:10,.0f} {r['val_loss']:11.4f} {r['val_bpb']:10.4f}")
     return Results(results, run=str(folder), **({"plain": table["plain"]} if config.compare else {}))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # the sample, as `> log.txt` on Windows, has more characters than cp1252
     main(sys.argv[1:])

@@ -117,9 +117,10 @@ def run(cell, seed, length, optimizer, lr, warmup, text, data, device):
             wanted = f"{cell} reads {steps * per_step:,} tokens once"
             raise ValueError(f"{wanted}, but there are {len(tokens):,}, and repeated ones would not be fresh text")
         tokens = tokens[: steps * per_step]
-    settings = {"compile": device.type == "cuda", "eval_every": max(1, steps // 20), "eval_tokens": 65_536}
+    settings = {"compile": device.type == "cuda", "eval_tokens": 65_536, "test_tokens": None}
+    settings |= dict.fromkeys(("eval_every", "save_every"), max(1, steps // 20))
     config = TrainConfig("paper-24l", seed=seed, steps=steps, batch_size=BATCH, optimizer=optimizer, lr=lr,
-                         warmup=warmup, save_every=max(1, steps // 20), **settings)  # fmt: skip
+                         warmup=warmup, **settings)  # fmt: skip
     tokens, held_out = (part.long().to(device) for part in (tokens, data["held_out"]))
     windows = validation_windows(held_out, model_config.block_size)
     name = (cell, steps, optimizer, f"{lr:g}", warmup, f"s{seed}", data["sha256"][0][:8])  # what resuming must not mix

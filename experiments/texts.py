@@ -106,7 +106,7 @@ def make(name, folder):
     tokenizer = make_tokenizer("bpe", beginning(parts[0], 64_000_000), 4096)
     data["tokenizer"] = tokenizer_to_json(tokenizer)
     for part, files in zip(("tokens", "held_out"), parts, strict=True):
-        data[part] = encode(tokenizer, tqdm(files, f"encoding {part}", unit="file")).to(torch.int16)
+        data[part] = encode(tokenizer, files).to(torch.int16)
     RUNS.mkdir(exist_ok=True)
     write_atomically(RUNS / f"{name}.pt", partial(torch.save, data))
     return data

@@ -2,18 +2,27 @@
 
 import contextlib
 import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_train_small
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train_small import arguments, assert_same_run, text, whole  # noqa: F401
+from small import SMALL
+from test_train_small import ROOT, arguments, assert_same_run, at_step, keywords, metrics, text, whole  # noqa: F401
 
+import environment
+import train_small
 from kernel import moda_attention, moda_attention_reference
-from text import read_documents
+from moda import MoDA
+from text import make_tokenizer, read_documents, tokenizer_to_json
 from train_small import load_run, main
 
 calm = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -75,7 +84,8 @@ def test_a_folder_of_anything(tmp_path_factory, files):
         documents = {}
         assert "no text" in str(error)
     for name, document in documents.items():
-        assert document.encode() == files[name] and document and "\0" not in document and name != ".e"
+        assert document == files[name].decode().removeprefix("\ufeff") != ""
+        assert "\0" not in document and name != ".e"
 
 
 def test_links_in_circles_and_what_may_not_be_read(tmp_path, monkeypatch):
@@ -85,14 +95,14 @@ def test_links_in_circles_and_what_may_not_be_read(tmp_path, monkeypatch):
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for ever
     (tmp_path / "b.txt").write_text("b")
-    original = type(tmp_path).read_bytes
+    original = Path.open
 
-    def read_bytes(path):  # the super-user may read everything, so that its mode proves nothing
+    def refuse(path, *mode):  # the super-user may read everything, so that its mode proves nothing
         if path.name == "b.txt":
-            raise PermissionError(path)
-        return original(path)
+            raise PermissionError(13, "Permission denied")
+        return original(path, *mode)
 
-    monkeypatch.setattr(type(tmp_path), "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "open", refuse)
     assert list(read_documents(str(tmp_path))) == ["a.txt"]
 
 
@@ -152,3 +162,277 @@ def test_killed_twenty_times(text, tmp_path):  # noqa: F811
     script = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path / "killed"), *command]
     subprocess.run(script, check=True, capture_output=True, cwd=test_train_small.ROOT, timeout=300)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+# ---------------------------------------------------------------------------------------------------- 1. not in silence
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_two_runs_do_not_share_a_folder(text, tmp_path, monkeypatch):  # noqa: F811
+    """The second takes the next folder, or is refused: also while the first has saved nothing, and both resume."""
+    monkeypatch.chdir(tmp_path)
+    first = keywords("", text, steps=5)
+    del first["out"]
+    folders = []
+
+    def second():
+        with contextlib.suppress(StopIteration):
+            next(once)
+            folders.append(main(**first)["run"])
+            for resume in (False, True):
+                with pytest.raises(SystemExit, match=r"another run is at work in 'runs/tiny'"):
+                    main(**first, out="runs/tiny", resume=resume)
+
+    once = iter([None])
+    with at_step(monkeypatch, 2, second):
+        assert main(**first)["run"] == os.path.join("runs", "tiny")
+    assert folders == [os.path.join("runs", "tiny-2")]
+    assert [row["step"] for row in metrics("runs/tiny")] == [row["step"] for row in metrics("runs/tiny-2")]
+    assert len(metrics("runs/tiny")) == 5
+    main(resume=True, out="runs/tiny")  # it is free again
+
+
+def test_another_runs_tokenizer(whole, text, tmp_path):  # noqa: F811
+    """One of equal size would give gibberish, a larger one an IndexError, a smaller one a KeyError after training."""
+    words = Path(text).read_text(encoding="utf-8")
+    for vocab_size in (300, 400, 270):
+        shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+        other = make_tokenizer("bpe", [words[::-1]], vocab_size)
+        (tmp_path / "tokenizer.json").write_text(tokenizer_to_json(other), encoding="utf-8")
+        with pytest.raises(ValueError, match="tokenizer is not the one that the model was trained with"):
+            load_run(tmp_path)
+        with pytest.raises(SystemExit, match="tokenizer is not the one"):
+            main(["--resume", "--out", str(tmp_path)])
+
+
+def test_an_older_run_has_a_tokenizer_of_the_right_size(whole, tmp_path):  # noqa: F811
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    state = test_train_small.checkpoint(tmp_path)
+    del state["data"]["tokenizer_sha256"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    load_run(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer_to_json(make_tokenizer("bpe", ["text"], 257)))
+    with pytest.raises(ValueError, match="tokenizer is not the one"):
+        load_run(tmp_path)
+
+
+def test_what_training_wrote_is_no_text(whole, text, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(whole[0], tmp_path / "runs" / "a")
+    shutil.copyfile(text, tmp_path / "text")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "half").write_text("begun")
+    monkeypatch.chdir(tmp_path)
+    assert list(read_documents(".", "out")) == ["text"] and list(read_documents("runs/a/sample.txt")) == ["."]
+    for folder in ("runs", "runs/a"):
+        with pytest.raises(ValueError, match="no text"):
+            read_documents(folder)
+    with pytest.raises(ValueError, match="no text"):
+        read_documents(".", ".")
+    main(**keywords("out", ".", steps=4))
+    assert len(main(out="out", resume=True, steps=6)["history"]) == 6  # it is the same text still
+
+
+def test_the_prompt_of_the_sample_is_text(tmp_path):
+    """A validation text shorter than a window is filled up with token 0, which is a byte 0."""
+    (tmp_path / "text").write_text("".join(f"line {i} of a short text\n" for i in range(100)))
+    results = main(**keywords(tmp_path / "out", str(tmp_path / "text"), steps=2, block_size=256))
+    assert results["sample"].startswith("<|endoftext|>line 90 of a short text\nline 91 of a")
+
+
+def test_a_model_made_without_memory_gets_it_module_by_module():
+    """`to_empty` of the parent comes first, when the embedding still has none."""
+    with torch.device("meta"):
+        model = MoDA(SMALL)
+    for module in model.modules():
+        module.to_empty(device="cpu", recurse=False)
+    model.load_state_dict(MoDA(SMALL).state_dict())
+    assert torch.equal(model.cos, MoDA(SMALL).cos) and torch.equal(model.sin, MoDA(SMALL).sin)
+
+
+# ------------------------------------------------------------------------- 2. before the work, or at least not after it
+
+
+@pytest.mark.parametrize(
+    "out", ["", "{file}/run", "{file}", "{dangling}", "{tmp}/" + "x" * 300, "/proc/run", "{tmp}/\0"]
+)
+def test_a_folder_that_cannot_be(text, tmp_path, monkeypatch, out):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    out = out.format(file=tmp_path / "file", dangling=tmp_path / "dangling", tmp=tmp_path)
+    monkeypatch.setattr(train_small, "load_text", None)  # before the text is read
+    with pytest.raises(
+        SystemExit, match=r"error: (--out '.*' (has to be a folder|cannot be used)|embedded null)"
+    ) as error:
+        main(arguments(out, text))
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_a_folder_that_may_not_be_written_to(text, tmp_path, monkeypatch):  # noqa: F811
+    def refuse(dir):  # the super-user may write everywhere, so that a mode proves nothing
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(environment.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(SystemExit, match=r"--out '.*' cannot be used: Permission denied"):
+        main(arguments(tmp_path / "out", text))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")
+def test_a_full_disk(text, tmp_path):  # noqa: F811
+    """torch.save calls it a RuntimeError about positions in a zip."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+    code = limit + "import sys, train_small; train_small.main(sys.argv[1:])"
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments(tmp_path / "out", text)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert re.match(r"error: cannot write '.*checkpoint.pt', is the disk full\?", run.stderr.splitlines()[-1])
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_terminal_that_is_not_utf8(text, tmp_path):  # noqa: F811
+    env = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        str(ROOT / "train_small.py"),
+        *arguments(tmp_path, text, "--prompt", "\u2248 \U0001f600"),
+    ]
+    run = subprocess.run(command, env=env, capture_output=True, timeout=300)
+    assert run.returncode == 0 and b"bits/byte" in run.stdout and b"? ?" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_a_cluster_sends_is_ctrl_c(whole, text, tmp_path, monkeypatch, name):  # noqa: F811
+    signum = getattr(signal, name, None) or pytest.skip(f"no {name}")
+    before = signal.getsignal(signum)
+    with (
+        at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signum)),
+        pytest.raises(SystemExit, match=r"stopped and saved after step 4"),
+    ):
+        main(arguments(tmp_path, text, "--optimizer", whole[2]))
+    assert signal.getsignal(signum) is before
+    main(["--out", str(tmp_path), "--resume"])
+    assert_same_run(whole[0], tmp_path)
+
+
+def test_nohup_still_holds(text, tmp_path, monkeypatch):  # noqa: F811
+    signum = getattr(signal, "SIGHUP", None) or pytest.skip("no SIGHUP")
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signum)):
+            assert len(main(arguments(tmp_path, text))["history"]) == 10
+    finally:
+        signal.signal(signum, before)
+
+
+def test_the_last_evaluation_is_bounded_and_says_so(text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    results = main(**keywords(tmp_path / "a", text))
+    n_token = test_train_small.checkpoint(tmp_path / "a")["data"]["validation_tokens"] - 1
+    assert f"validation: all {n_token:,} tokens" in capsys.readouterr().out and results["val_tokens"] == n_token
+    few = main(**keywords(tmp_path / "b", text, test_tokens=128))
+    assert f"validation: 128 of {n_token:,} tokens" in capsys.readouterr().out and few["val_tokens"] == 128
+    assert few["val_loss"] != results["val_loss"] and "over 128 tokens" in repr(few)
+    assert main(**keywords(tmp_path / "c", text, test_tokens=None))["val_loss"] == results["val_loss"]
+
+    original = train_small.evaluate
+
+    def evaluate(model, x, *more):
+        if len(x) > 8:  # at the end
+            raise KeyboardInterrupt
+        return original(model, x, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"all 10 steps are saved, but not evaluated"):
+        patch.setattr(train_small, "evaluate", evaluate)
+        main(**keywords(tmp_path / "d", text))
+    assert main(out=str(tmp_path / "d"), resume=True)["val_loss"] == results["val_loss"]
+
+
+def test_windows_are_spread_evenly():
+    windows = [torch.arange(100).repeat_interleave(4).view(100, 4)] * 2
+    for n_token, wanted in (
+        (40, range(0, 100, 10)),
+        (12, [0, 33, 66]),
+        (1, [0]),
+        (400, range(100)),
+        (None, range(100)),
+    ):
+        assert [x[:, 0].tolist() for x in train_small.spread(windows, n_token)] == [list(wanted)] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of memory")
+def test_a_large_text_takes_eight_bytes_a_byte(tmp_path):
+    """Also with one character that makes Python keep four bytes for each, and a binary file that is left unread."""
+    size, draw = 24_000_000, random.Random(0)
+    words = ["".join(draw.choices("abcdeiounst", k=draw.randint(1, 9))) for _ in range(50_000)]
+    content = " ".join(draw.choices(words, k=5_000_000))[:size]
+    (tmp_path / "text").write_text(content + "\n\U0001f600", encoding="utf-8")
+    with (tmp_path / "binary").open("wb") as file:
+        file.truncate(1_000_000_000)
+    code = (
+        "import sys, text; peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) << 10\n"
+    )
+    code += "import rustbpe; before = peak(); text.load_text(sys.argv[1], 'bpe', 500); print(peak() - before)"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert int(run.stdout.split()[-1]) < 8 * size, run.stderr
+
+
+# -------------------------------------------------------------------------------------------------- 3. errors that help
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text".encode("utf-16"), "'.*' is UTF-16: save it as UTF-8"),
+        (b"text \xfc", "'.*' is not UTF-8: byte 5 is 0xfc"),
+        (b"text\0", "'.*' is binary, not UTF-8: byte 4 is 0"),
+        (b"", "is empty"),
+    ],
+)
+def test_why_a_file_is_no_text(tmp_path, content, reason):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    for data in (path, tmp_path):
+        with pytest.raises(ValueError, match=f"^no text: .*{reason}"):
+            read_documents(str(data))
+
+
+def test_folders_without_text(tmp_path, capsys):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "text").write_bytes(b"\xef\xbb\xbftext")
+    assert read_documents(str(tmp_path)) == {"a/b/text": "text"}  # without the byte order mark
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b").symlink_to(tmp_path / "a" / "b", target_is_directory=True)
+    with pytest.raises(ValueError, match="is empty, but for links to folders, which are not followed"):
+        read_documents(str(tmp_path / "links"))
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "p")
+    with pytest.raises(ValueError, match="p' is no file and no folder"):
+        read_documents(str(tmp_path / "pipe" / "p"))
+    with pytest.raises(ValueError, match=r"'gone\.txt' is no file and no folder, seen from '"):
+        read_documents("gone.txt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_a_name_that_is_not_utf8(text, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "in").mkdir()
+    shutil.copyfile(text, os.fsencode(tmp_path / "in") + b"/\xff")
+    (Path(tmp_path) / "in" / "binary\udcfe").write_bytes(b"\0")
+    assert len(main(**keywords(tmp_path / "out", str(tmp_path / "in"), steps=2))["history"]) == 2
+    assert r"skipped 1 of 2 files: '" in (out := capsys.readouterr().out) and r"binary\udcfe' is binary" in out
+
+
+def test_a_text_of_one_letter(tmp_path):
+    (tmp_path / "text").write_text("a" * 20_000)
+    with pytest.raises(SystemExit, match=r"too short: its 18,000 bytes for training are \d+ tokens, but block_size"):
+        main(**keywords(tmp_path / "out", str(tmp_path / "text")))
+
+
+@pytest.mark.parametrize("field", ["step", "seconds", "history", "data", "optimizers", "rng", "train_config"])
+def test_a_checkpoint_without_a_field(whole, tmp_path, field):  # noqa: F811
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    state = test_train_small.checkpoint(tmp_path)
+    del state[field]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"^error: .*(damaged or foreign|older version's)"):
+        main(["--resume", "--out", str(tmp_path)])

@@ -309,10 +309,10 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(whole, text, tmp_path, m
         Path(path).write_bytes(b"half a checkpoint")
         raise OSError("disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: disk full"):
         patch.setattr(torch, "save", fail_late)
         main(arguments(tmp_path, text, "--optimizer", whole[2]))
-    assert checkpoint(tmp_path)["step"] == 3
+    assert checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.tmp"))  # it would keep the disk full
 
     def fail_half(path, text, encoding):
         half = path.name.startswith("tokenizer")
@@ -320,7 +320,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(whole, text, tmp_path, m
         if half:
             raise OSError("disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: disk full"):
         patch.setattr(Path, "write_text", fail_half)
         main(["--resume", "--out", str(tmp_path)])
     main(["--resume", "--out", str(tmp_path)])
@@ -358,7 +358,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tex
         (lambda folder: edit(folder, data={"sha256": ""}), "plain' began with another text"),
         (lambda folder: edit(folder, train_config={"seed": 5}), "plain' is not that of these settings"),
         (lambda folder: edit(folder, model_config={"rope_theta": 5e3}), "plain' is not that of these settings"),
-        (lambda folder: (shutil.rmtree(folder), folder.write_bytes(b"")), "plain' is a file"),
+        (lambda folder: (shutil.rmtree(folder), folder.write_bytes(b"")), "plain' has to be a folder"),
     ],
 )
 def test_what_the_second_run_needs_is_checked_before_the_first_begins(compared, tmp_path, monkeypatch, change, message):
@@ -417,14 +417,19 @@ def test_the_commit_is_that_of_git_and_else_named(tmp_path, monkeypatch):
 def test_run_folders_are_numbered_and_never_overwritten(whole, text, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"already holds a run: add --resume"):
         main(arguments(whole[0], text))
-    with pytest.raises(SystemExit, match=r"is a file, and has to be a folder"):
+    with pytest.raises(SystemExit, match=r"has to be a folder"):
         main(arguments(text, text))
     monkeypatch.chdir(tmp_path)
+
+    def choose(resume, preset="tiny"):
+        with contextlib.ExitStack() as claims:
+            return environment.choose_folder(claims, None, preset, resume)
+
     for name in ("tiny", "tiny-2"):
-        assert environment.choose_folder(None, "tiny", False) == Path("runs", name)
+        assert choose(False) == Path("runs", name)
+        assert not Path("runs", name).exists()  # nothing was written: removed again
         shutil.copytree(whole[0], Path("runs", name))
-    assert environment.choose_folder(None, "tiny", True) == Path("runs", "tiny-2")
-    assert environment.choose_folder(None, "deep", False) == Path("runs", "deep")
+    assert choose(True) == Path("runs", "tiny-2") and choose(False, "deep") == Path("runs", "deep")
 
 
 def test_a_rank_in_the_environment_has_no_effect(whole, text, tmp_path):
@@ -438,7 +443,7 @@ def test_checkpoint_and_compile_are_handed_on(text, tmp_path, monkeypatch):
     monkeypatch.setattr(FastMoDA, "compile_layers", lambda model: setattr(model, "was_compiled", True) or model)
     losses = {}
     for flag in ("--checkpoint", "--no-checkpoint", "--compile"):
-        run = train_small.prepare(parse(*arguments(tmp_path / flag, text, flag)))["MoDA"]
+        run = train_small.prepare(parse(*arguments(tmp_path / flag, text, flag)), contextlib.ExitStack())["MoDA"]
         model, results = train_small.train(*run)
         losses[flag] = [row["loss"] for row in results["history"]]
         assert getattr(model, "checkpoint", False) == (flag == "--checkpoint")
@@ -461,7 +466,7 @@ def test_micro_batches_train_like_whole_ones(text, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "missing"),
+        (None, "is no file and no folder"),
         (b"", "empty"),
         (b"one line\n", "too short"),
         (b"\0\1\2" * 1000, "UTF-8"),
