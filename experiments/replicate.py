@@ -16,7 +16,6 @@ The texts are in texts.py. Their tokens are kept in runs/, so that FOLDER is nee
 """
 
 import argparse
-import itertools
 import json
 import re
 import statistics
@@ -148,112 +147,100 @@ def run(cell, seed, length, optimizer, lr, warmup, text, data, device):
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-COLUMNS = "row||lr|warmup|of|parameters|seeds|nats/token|bits/byte|training loss|difference|paper|same setting|depth"
+def table(names, rows, n_left=1):
+    """The lines of a Markdown table; the first n_left columns are text, the others numbers."""
+    names = names.split("|")
+    ruler = ["---"] * n_left + ["--:"] * (len(names) - n_left)
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (names, ruler, *rows)] + [""]
+
+
+def paired(deltas):
+    """Differences of runs of one seed, as text: mean ± standard deviation (how many)."""
+    return f"{spread(deltas)} ({len(deltas)})" if deltas else ""
+
+
+def described(group):
+    """(n_layer, norm, optimizer, epochs or budget), as a report spells them."""
+    n_layer, norm, optimizer, length = group
+    return [str(n_layer), norm, OPTIMIZERS[optimizer], f"{length:g}"]
 
 
 def report(text="novels"):
-    """results/quality.jsonl -> results/quality.md and results/quality.png; of another text quality_TEXT.md."""
-    lines = finished(text)
+    """results/quality.jsonl -> results/quality.md and quality.png; of another text quality_TEXT.jsonl -> .md."""
+    lines, path = finished(text), results_path(text)
     if not lines:
-        raise SystemExit(f"error: there is nothing in {results_path(text)} yet")
-    if text == "novels":
-        report_novels(lines)
-    else:
-        report_budgets(text, lines)
-
-
-def machines(lines):
-    ran_on = {f"{m['device']}, torch {m['torch']}, commit {m['commit']}" for m in (line["machine"] for line in lines)}
-    return f"\nRun on: {'; '.join(sorted(ran_on))}."
-
-
-def report_budgets(text, lines):
-    """A table of rows and budgets for each depth, norm and optimizer -> results/quality_TEXT.md."""
+        raise SystemExit(f"error: there is nothing in {path} yet")
     groups, tried = best_runs(lines), tries(lines)
-    versions = ", ".join(sorted({f"{line['version']}, SHA-256 {line['sha256'][0][:8]}" for line in lines}))
+    unit = "epochs" if text == "novels" else "millions of tokens"
+    option = "" if text == "novels" else f" --text {text}"
     page = [
-        f"""# Quality on more text: {text}
+        f"""# Does depth KV lower the loss? On {lines[0].get("version", "English novels")}
 
-Written by `python -m experiments.replicate report --text {text}` from quality_{text}.jsonl ({versions}).
-Budget: millions of training tokens, each read once; of a "longer" row, that of the row whose time it gets. Loss in nats
-per token and bits per byte over all held-out tokens, mean ± standard deviation over seeds. Each row stands at the
-learning rate and warmup with the lowest mean loss, of those with the most seeds (of: how many were tried). Minus plain:
-each at its own best, pair by pair of the same seed (in brackets, how many). Tokens/s: of its fastest run, which may
-have shared the GPU."""
+Written by `python -m experiments.replicate report{option}` from {path.name}; what it means is in the
+[laboratory](../README.md). Loss: nats per token on held-out text, mean ± standard deviation over seeds. Each row stands
+at its best learning rate and warmup, among those with the most seeds. Minus baseline: seed by seed (how many).
+"""
     ]
-    names = "budget|row||lr|warmup|of|seeds|tokens (millions)|nats/token|bits/byte|minus plain|tokens/s"
-    for heading, same in itertools.groupby(sorted(groups), key=lambda group: group[:3]):
-        page += [f"\n## {heading[0]} layers, {heading[1]}-norm, {OPTIMIZERS[heading[2]]}\n"]
-        page += [f"|{names}|", "|--:|---|---|" + "--:|" * (names.count("|") - 2)]
-        for group, row in ((group, row) for group in same for row in ROWS if row in groups[group]):
-            runs, delta = groups[group][row], differences(groups[group][row], groups[group].get("plain", []))
-            cells = [f"{group[3]:g}", row, ROWS[row][0], f"{runs[0]['lr']:g}", str(runs[0]["warmup"])]
-            cells += [str(len(tried[group][row])), str(len(runs)), f"{runs[0]['tokens'] / 1e6:.1f}"]
-            cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb")]
-            cells += [f"{spread(delta)} ({len(delta)})" if delta and row != "plain" else ""]
-            cells += [f"{max(line['tokens_per_s'] for line in runs):,.0f}"]
-            page.append(f"| {' | '.join(cells)} |")
-    path = results_path(text).with_suffix(".md")
-    path.write_text("\n".join([*page, machines(lines)]) + "\n")
-    print(f"wrote results/{path.name}")
-
-
-def report_novels(lines):
-    groups, tried = best_runs(lines), tries(lines)
-    page = [
-        """# Quality: does depth KV lower the loss?
-
-Written by `python -m experiments.replicate report` from quality.jsonl. Loss in nats per token and bits per byte of
-UTF-8, over the whole validation text; mean ± standard deviation over seeds; training loss: of the last 100 steps.
-Each row at the learning rate and warmup with the lowest mean loss among those that it was run at with the most seeds
-(of: how many were tried at all). One seed says little, so all runs are below. The difference is to the plain model of
-the same seed, at its own such setting, over the seeds that both have (in brackets, how many); beside it, that of the
-paper's Table 6, on other data; same setting: to the plain model at the row's own learning rate and warmup, which is
-what the ablations are to be judged by. Depth: the share of attention that slots get, over 2,048 validation tokens and
-the layers that read any; the first runs did not record it."""
-    ]
+    cells = []
     for group, rows in sorted(groups.items()):
-        n_layer, norm, optimizer, epochs = group
-        page += [
-            f"\n## {n_layer} layers, {norm}-norm, {OPTIMIZERS[optimizer]}, {epochs:g} epoch{'s' * (epochs != 1)}\n"
-        ]
-        page += [f"|{COLUMNS}|", "|---|---|" + "--:|" * (COLUMNS.count("|") - 1)]
+        plain = rows.get("plain", [])
+        cells.append([*described(group), spread([line["val_loss"] for line in plain]) if plain else ""])
+        for row in ("row3", "row4"):
+            runs, paper = rows.get(row, []), paper_difference(*group[:2], row, group[3])
+            cells[-1] += [spread([line["val_loss"] for line in runs]) if runs else "", paired(differences(runs, plain))]
+            cells[-1] += [f"{paper:.4f}" if paper else ""] * (text == "novels")
+    rest = "minus baseline|paper" if text == "novels" else "minus baseline"
+    page += table(f"layers|norm|optimizer|{unit}|baseline|row3|{rest}|row4|{rest}", cells, 3)
+    page += [
+        """## Every row at its best
+
+Of: settings tried. Training loss: of the last 100 steps. Same setting: minus the baseline at the row's own learning
+rate and warmup, by which to judge the ablations. Depth: the share of attention on slots, over 2,048 held-out tokens and
+the layers that read any; the first runs did not record it.
+"""
+    ]
+    names = "row||lr|warmup|of|parameters|seeds|nats/token|bits/byte|training loss|minus baseline|same setting|depth"
+    for group, rows in sorted(groups.items()):
+        layers, norm, optimizer, length = described(group)
+        size = f"{length} epoch{'s' * (length != '1')}" if text == "novels" else f"{length} million tokens"
+        page += [f"### {layers} layers, {norm}-norm, {optimizer}, {size}\n"]
+        cells = []
         for row in (row for row in ROWS if row in rows):
-            runs, paper = rows[row], paper_difference(n_layer, norm, row, epochs)
-            delta = differences(runs, rows.get("plain", []))
-            same = at_same_setting(runs, tried[group].get("plain", {}))
-            cells = [row, ROWS[row][0], f"{runs[0]['lr']:g}", str(runs[0]["warmup"]), str(len(tried[group][row]))]
-            cells += [f"{runs[0]['parameters']:,}", str(len(runs))]
-            cells += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
-            cells += [
-                f"{spread(delta)} ({len(delta)})" if delta and row != "plain" else "",
-                "" if paper is None else f"{paper:.4f}",
-                f"{spread(same)} ({len(same)})" if same and row != "plain" else "",
-            ]
+            runs, plain = rows[row], [] if row == "plain" else rows.get("plain", [])
+            same = at_same_setting(runs, tried[group].get("plain", {})) if plain else []
             depth = [statistics.mean(line["depth_mass"]) for line in runs if line.get("depth_mass")]
-            cells.append(f"{statistics.mean(depth):.0%}" if depth else "")
-            page.append(f"| {' | '.join(cells)} |")
-    page += ["\n## Minus plain at the same learning rate, warmup and seed\n"]
-    page += ["|layers|norm|optimizer|epochs|lr|warmup|plain|row3|row4|", "|--:|---|---|--:|--:|--:|--:|--:|--:|"]
+            cells.append([row, ROWS[row][0], f"{runs[0]['lr']:g}", runs[0]["warmup"], len(tried[group][row])])
+            cells[-1] += [f"{runs[0]['parameters']:,}", len(runs)]
+            cells[-1] += [spread([line[name] for line in runs]) for name in ("val_loss", "val_bpb", "train_loss")]
+            cells[-1] += [paired(differences(runs, plain)), paired(same)]
+            cells[-1] += [f"{statistics.mean(depth):.0%}" if depth else ""]
+        page += table(names, cells, 2)
+    page += ["## Minus baseline at the same learning rate, warmup and seed\n"]
+    cells = []
     for group, rows in sorted(tried.items()):
         for setting, plain in sorted(rows.get("plain", {}).items()):
-            at_this = {row: rows[row][setting].values() for row in ("row3", "row4") if setting in rows.get(row, {})}
-            delta = {row: differences(runs, plain.values()) for row, runs in at_this.items()}
-            if any(delta.values()):
-                settings = [f"{x:g}" if isinstance(x, float) else OPTIMIZERS.get(x, str(x)) for x in (*group, *setting)]
-                cells = [f"{spread(d)} ({len(d)})" if (d := delta.get(row)) else "" for row in ("row3", "row4")]
+            at_this = [rows.get(row, {}).get(setting, {}).values() for row in ("row3", "row4")]
+            deltas = [differences(runs, plain.values()) for runs in at_this]
+            if any(deltas):
                 losses = spread([line["val_loss"] for line in plain.values()])
-                page.append(f"| {' | '.join([*settings, losses, *cells])} |")
-    names = ("cell", "seed", "epochs", "optimizer", "lr", "warmup")
-    page += ["\n## All runs\n", f"| {' | '.join(names)} | nats/token |", "|---|--:|--:|---|--:|--:|--:|"]
-    for line in sorted(lines, key=lambda line: [line[n] for n in names]):
-        cells = [f"{line[n]:g}" if n in ("epochs", "lr") else str(line[n]) for n in names]
-        page.append(f"| {' | '.join(cells)} | {line['val_loss']:.4f} |")
-    page.append(machines(lines))
-    path = results_path("novels")
-    path.with_suffix(".md").write_text("\n".join(page) + "\n")
-    print("wrote results/quality.md")
-    save(draw_quality(lines), path.with_suffix(".png"))
+                cells.append([*described(group), f"{setting[0]:g}", setting[1], losses, *map(paired, deltas)])
+    page += table(f"layers|norm|optimizer|{unit}|lr|warmup|baseline|row3|row4", cells, 3)
+    page += ["## All runs\n"]
+    cells = []
+    for group, rows in sorted(tried.items()):
+        for row in (row for row in ROWS if row in rows):
+            for (lr, warmup), runs in sorted(rows[row].items()):
+                for seed, line in sorted(runs.items()):
+                    gpu = line["machine"]["device"].split("NVIDIA ")[-1].split()[0].rstrip(")")
+                    cells.append([*described(group), row, f"{lr:g}", warmup, seed, f"{line['tokens'] / 1e6:.1f}"])
+                    cells[-1] += [f"{line['val_loss']:.4f}", f"{line['tokens_per_s']:,.0f}"]
+                    cells[-1] += [line["machine"]["commit"], gpu]
+    names = f"layers|norm|optimizer|{unit}|row|lr|warmup|seed|tokens (millions)|nats/token|tokens/s|commit|GPU"
+    page += table(names, cells, 3)
+    path.with_suffix(".md").write_text("\n".join(page[:-1]) + "\n")
+    print(f"wrote results/{path.stem}.md")
+    if text == "novels":
+        save(draw_quality(lines), path.with_suffix(".png"))
 
 
 def main():

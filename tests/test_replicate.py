@@ -92,7 +92,7 @@ def test_a_table_fills(place, monkeypatch, capsys):
     main("report")
     text = (place / "results" / "quality.md").read_text()
     difference = lines[3]["val_loss"] - lines[0]["val_loss"]
-    assert text.count(f"| {difference:.4f} (1) |") == 3 and "2 layers, post-norm, Muon, 0.2 epochs" in text
+    assert text.count(f" {difference:.4f} (1) |") == 4 and "2 layers, post-norm, Muon, 0.2 epochs" in text
     assert "1 layers, post-norm, AdamW, 0.2 epochs" in text
     assert (place / "results" / "quality.png").exists()
 
