@@ -8,8 +8,8 @@ n_layer ** 2 of them, and that traffic decides the speed. With 48 layers of 384,
    the forward and again in the backward.
 2. The gradient of a slot is a sum over the layers that read it: one kernel goes along depth (slots.py, as are 1's
    buffers). Autograd adds it up reader by reader, through memory.
-3. Projections of the same input are one matrix product, what lies between two attentions can be compiled
-   (`compile_layers`), and a whole step recorded as CUDA graphs (`record`), so that kernels do not wait for Python.
+3. Projections of the same input are one matrix product. What lies between two attentions can be compiled
+   (`compile_layers`). A whole step can be recorded as CUDA graphs (`record`): kernels do not wait for Python.
 """
 
 import functools

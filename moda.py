@@ -122,16 +122,16 @@ PRESETS = {
 class DepthStream:
     """The slots that one forward pass has written so far.
 
-    What a slot is made of: a key and a value for each position, (B, n_kv_head, T, head_dim) both, projected from what a
-    sublayer READS, never from what it adds to the residual stream. "attn 3" is, by default, the K and V that attention
-    of layer 3 makes for its own sequence, used a second time. "ffn 3" is one more projection, of the FFN's input.
-    Who reads it: every later layer, unless the config says otherwise; what nobody reads is not written. A query reads
-    its own position's slots alone. Of earlier tokens it sees its layer's sequence K and V, as in any Transformer.
+    A slot is a key and a value for each position, (B, n_kv_head, T, head_dim) both. It is projected from what a sublayer
+    READS, never from what it adds to the residual stream. "attn 3" is the K and V that attention of layer 3 makes for
+    its own sequence, used a second time (unless attn_kv). "ffn 3" is one more projection, of the FFN's input.
+    Every later layer reads it, unless the config says otherwise. What nobody reads is not written. A query reads the
+    slots of its own position alone. Of earlier tokens it sees its layer's sequence K and V, as in any Transformer.
 
-    So the stream is gone when the forward pass is over, and decoding needs no second cache: a token's slots are only
-    read while that same token passes through the layers above. A Block calls `write` and `attend`, which calls `read`.
-    Whatever has these can take its place: to record (`RecordingStream`), to leave slots out (notebooks/04), to be
-    faster (fast.py). `layer` is the layer's `Attention`, which knows the numbers of the slots that it reads."""
+    So the stream ends with the forward pass, and decoding needs no second cache. A token's slots are only read while
+    that same token passes through the layers above. A Block calls `write` and `attend`, which calls `read`. Other
+    streams have the same methods: to record (`RecordingStream`), to cut slots (notebooks/04), to be faster (fast.py).
+    `layer` is the layer's `Attention`, which knows the numbers of the slots that it reads."""
 
     def __init__(self, impl=None):
         self.impl, self.slots = impl, {}  # number: (k, v)
@@ -300,8 +300,8 @@ class Block(nn.Module):
 class MoDA(nn.Module):
     """Decoder-only language model: RMSNorm, rotary positions, QK-norm, SwiGLU, grouped queries, tied embedding.
 
-    impl: see `kernel.moda_attention`. On a GPU this is right but slow: every layer stacks all the slots that it reads,
-    forward and again backward. `fast.FastMoDA` is the same model, with the same weights, and reads them in place."""
+    impl: see `kernel.moda_attention`. On a GPU this is right but slow. Every layer stacks all the slots that it reads,
+    forward and again backward. `fast.FastMoDA` has the same weights and results, and reads slots in place."""
 
     def __init__(self, config, impl=None):
         super().__init__()
@@ -319,7 +319,7 @@ class MoDA(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02)
 
     def _apply(self, fn, recurse=True):
-        """Behind .to(), .half(), .to_empty(): a cast would ruin the rotary table, to_empty lose it; make it anew."""
+        """Behind .to(), .half() and .to_empty(). A cast would ruin the rotary table, to_empty lose it: make it anew."""
         before = self.cos
         super()._apply(fn, recurse)
         if self.cos is not before:
@@ -364,9 +364,9 @@ class MoDA(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
         """Continue idx (B, T) by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
-        temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. When the context
-        outgrows block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a
-        cache: a sliding one would differ, as later layers' keys carry what was dropped. ValueError for wrong input."""
+        temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. A context that
+        outgrows block_size is cut to its last block_size // 2 tokens, which start again at position 0, with or without
+        a cache. (A sliding cache would differ: later layers' keys carry what was dropped.) ValueError if wrong."""
         if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
             raise ValueError(f"need temperature from 0 to 1000, max_new_tokens >= 0 and top_k >= 1 or None, {got}")
