@@ -122,7 +122,7 @@ PRESETS = {
 class DepthStream:
     """The slots that one forward pass has written so far.
 
-    A slot is a key and a value for each position, (B, n_kv_head, T, head_dim) both. It is projected from what a sublayer
+    A slot is a key and a value for each position, (B, n_kv_head, T, head_dim). It is projected from what a sublayer
     READS, never from what it adds to the residual stream. "attn 3" is the K and V that attention of layer 3 makes for
     its own sequence, used a second time (unless attn_kv). "ffn 3" is one more projection, of the FFN's input.
     Every later layer reads it, unless the config says otherwise. What nobody reads is not written. A query reads the
