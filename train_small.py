@@ -7,7 +7,7 @@
 
 In a notebook the flags are keywords: `main(steps=100, data="shakespeare.txt")`, and `main(resume=True)` to go on.
 The run folder gets checkpoint.pt, tokenizer.json, config.json, metrics.jsonl, result.json, sample.txt and loss.png;
-`load_run(folder)` gives the model and the tokenizer back. How text becomes batches of tokens is in text.py.
+`load_run("runs/tiny").complete("def ")` uses what was trained. How text becomes batches of tokens is in text.py.
 """
 
 import contextlib
@@ -19,7 +19,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import tiktoken
 import torch
 from matplotlib.figure import Figure  # not pyplot: a notebook keeps its own backend
 from tqdm.auto import tqdm
@@ -137,12 +139,34 @@ def load_checkpoint(folder, to_resume=False):
     return state, tokenizer
 
 
+class Run(NamedTuple):
+    """What was trained, text in and text out. `model, tokenizer = run` takes it apart."""
+
+    model: MoDA
+    tokenizer: tiktoken.Encoding
+
+    def ids(self, text):
+        """The tokens of a text, behind <|endoftext|>: (1, T) ids on the model's device."""
+        ids = [self.tokenizer.eot_token, *self.tokenizer.encode_ordinary(text)]
+        return torch.tensor([ids], device=self.model.embed.weight.device)
+
+    def complete(self, text, n_token=100, temperature=0.8, top_k=50):
+        """The text, continued by n_token sampled tokens, as `MoDA.generate` does. An empty text begins a new one."""
+        return self.tokenizer.decode(self.model.generate(self.ids(text), n_token, temperature, top_k)[0, 1:].tolist())
+
+    def maps(self, text):
+        """Where each layer looks -> (T labels of the tokens, a list over layers of (n_head, T, T + n_slot)), as
+        `MoDA.attention_maps`. ValueError for a text of more than block_size - 1 tokens."""
+        ids = self.ids(text)
+        return [self.tokenizer.decode([i]) for i in ids[0].tolist()], [p[0] for p in self.model.attention_maps(ids)]
+
+
 def load_run(folder, device="cpu"):
-    """Load a run folder -> (model, tiktoken.Encoding); ValueError if it holds no usable run."""
+    """Load a run folder -> Run(model, tokenizer); ValueError if it holds no usable run."""
     state, tokenizer = load_checkpoint(folder)
     model = make_model(MoDAConfig(**state["model_config"]), torch.device(device))
     model.load_state_dict(state["model"])
-    return model.eval(), tokenizer
+    return Run(model.eval(), tokenizer)
 
 
 def export_run(folder, to):
@@ -409,9 +433,9 @@ def print_hints(config, n_token, T):
 
 def write_sample(folder, model, config, tokenizer, idx):
     """Continue config.prompt, or idx (n,) if that is empty -> the text, which sample.txt gets too."""
-    prompt = tokenizer.encode_ordinary(config.prompt) if config.prompt else idx.tolist()
     torch.manual_seed(config.seed)
-    prompt = torch.tensor([[tokenizer.eot_token, *prompt]], device=idx.device)  # (1, 1 + n)
+    start = torch.cat([idx.new_tensor([tokenizer.eot_token]), idx])[None]  # (1, 1 + n)
+    prompt = Run(model, tokenizer).ids(config.prompt) if config.prompt else start
     ids = model.generate(prompt, config.sample_tokens, config.temperature, config.top_k)[0, 1:]
     text = tokenizer.decode(ids.tolist())
     (folder / "sample.txt").write_text(text, encoding="utf-8")

@@ -192,6 +192,21 @@ def test_load_run_gives_the_trained_model_and_its_tokenizer(whole, text):
     assert not model.training and isinstance(model.generate(tokens[None, :1], 4), torch.Tensor)
 
 
+def test_text_in_text_out():
+    run = load_run(ROOT / "notebooks" / "deep" / "moda")
+    text = "def count(self, items):"
+    torch.manual_seed(0)
+    longer = run.complete(text, n_token=5)
+    torch.manual_seed(0)
+    ids = run.model.generate(run.ids(text), 5, 0.8, 50)
+    assert longer.startswith(text) and longer == run.tokenizer.decode(ids[0, 1:].tolist())
+    assert run.complete("", n_token=3)
+    labels, maps = run.maps(text)
+    T, n_slot = len(labels), len(run.model.config.slot_names(15))
+    assert "".join(labels[1:]) == text and [p.shape for p in maps][-1] == (4, T, T + n_slot)
+    torch.testing.assert_close(maps[3], run.model.attention_maps(run.ids(text))[3][0])
+
+
 def test_an_exported_run_is_the_same_model_in_half_the_precision(whole, tmp_path):
     folder, small = whole[0], tmp_path / "small"
     export_run(folder, small)
