@@ -80,7 +80,7 @@ class FastMoDA(MoDA):
 
     def _is_compiled(self):
         # forward mode: a compiled graph would drop the tangents. In torch.compile(model) all is one graph anyway
-        return self.compiled and not kernel._forward_mode() and not torch.compiler.is_compiling()
+        return self.compiled and not kernel._transformed() and not torch.compiler.is_compiling()
 
     def head(self, x, targets=None):
         return (_compiled(MoDA.head) if targets is not None and self._is_compiled() else MoDA.head)(self, x, targets)
@@ -93,7 +93,7 @@ class FastMoDA(MoDA):
         q = x.new_empty(x.shape[0], c.n_head, 0, c.head_dim, dtype=dtype)
         wanted = self.impl == "triton" or (self.impl is None and x.is_cuda)
         able = c.depth_kv and c.n_layer > 1 and c.head_dim % 8 == 0 and kernel._why_not_triton(q) is None
-        return wanted and able and not kernel._forward_mode()
+        return wanted and able and not kernel._transformed()
 
 
 # A layer, cut in two at its attention, with one matrix product for all projections of the same input.

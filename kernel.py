@@ -400,8 +400,9 @@ def _autocast(x):
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
-def _forward_mode():  # torch.func.jvp: an opaque operator or a kernel would drop the tangents, silently
-    return forward_ad._current_level >= 0
+def _transformed():  # in forward mode an opaque operator would drop the tangents, silently; torch.func refuses it
+    within = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return within or forward_ad._current_level >= 0
 
 
 def _why_not_triton(q):
@@ -470,7 +471,12 @@ def _backward(ctx, do, _):
     return dq, dk, dv, *ddepth, None, None, None
 
 
+def _refuse(ctx, *_):
+    raise RuntimeError('this attention has no second derivatives: impl="reference" takes create_graph=True')
+
+
 _attention.register_autograd(_backward, setup_context=_setup_context)
+_attention_backward.register_autograd(_refuse)
 
 IMPLS = ("reference", "torch", "triton", "fused")
 
@@ -493,8 +499,10 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
         "fused"      forward all in one kernel, the paper's Algorithm 1; backward as "triton"
     return_lse: also return the joint log-sum-exp (B, n_head, T_q), float32 or wider, not differentiable.
 
-    Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable, once, in all five tensors; in
-    forward mode (torch.func.jvp) every impl is the reference. Autocast casts the inputs as for PyTorch's own attention.
+    Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable in all five tensors, once; the
+    reference, which every impl is in forward mode and within torch.func, more often. Only it exports to ONNX. Autocast
+    casts the inputs as for PyTorch's own attention. A backward in float32 knows each weight to 1.2e-7 times the largest
+    logit, so that logits beyond 1,000 cost gradients their precision.
     A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0.
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal and for empty tensors;
     for a tensor as scale, which would get no gradient; for an `impl` that is unknown or cannot run here."""
@@ -512,7 +520,7 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     depth_k, depth_v = (
         x if isinstance(x, list) else [] if x is None or not len(x) else [x] for x in (depth_k, depth_v)
     )
-    if impl == "reference" or not has_fused(q) or _forward_mode():
+    if impl == "reference" or not has_fused(q) or _transformed():
         args, options = (q, k, v, _stacked(depth_k), _stacked(depth_v)), {"causal": causal, "scale": scale}
         return moda_attention_reference(*args, **options, return_lse=return_lse)
     head_dim = q.shape[-1]

@@ -15,13 +15,12 @@ import test_train_small
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import SMALL
 from test_train_small import ROOT, arguments, assert_same_run, at_step, keywords, metrics, text, whole  # noqa: F401
 
 import environment
+import kernel
 import train_small
 from kernel import moda_attention, moda_attention_reference
-from moda import MoDA
 from text import make_tokenizer, read_documents, tokenizer_to_json
 from train_small import load_run, main
 
@@ -242,14 +241,36 @@ def test_the_prompt_of_the_sample_is_text(tmp_path, monkeypatch):
     assert re.fullmatch(r"[a-z0-9 \n]*line 99 of a short text\n", tokenizer.decode(prompts[0].tolist()))
 
 
-def test_a_model_made_without_memory_gets_it_module_by_module():
-    """`to_empty` of the parent comes first, when the embedding still has none."""
-    with torch.device("meta"):
-        model = MoDA(SMALL)
-    for module in model.modules():
-        module.to_empty(device="cpu", recurse=False)
-    model.load_state_dict(MoDA(SMALL).state_dict())
-    assert torch.equal(model.cos, MoDA(SMALL).cos) and torch.equal(model.sin, MoDA(SMALL).sin)
+@pytest.mark.parametrize("impl", ["torch", "triton", "fused", "reference"])
+@pytest.mark.parametrize("largest", [30, 100, 1000, 10_000])
+def test_large_logits(largest, impl):
+    """A weight is exp(z - lse): where z and lse round to 2**-23 of their size, it is off by that share, and dq by what
+    that does to dz = P * (dp - delta), delta included. 8: the sums' own roundings."""
+    if impl in ("triton", "fused") and kernel._why_not_triton(torch.ones(1, 1, 1, 1)):
+        pytest.skip("no Triton here")
+    torch.manual_seed(0)
+    B, n_head, n_kv_head, T, head_dim, n_slot = 2, 4, 2, 13, 16, 5
+    q, do = torch.randn(2, B, n_head, T, head_dim)
+    k, v = torch.randn(2, B, n_kv_head, T, head_dim)
+    depth_k, depth_v = torch.randn(2, n_slot, B, n_kv_head, T, head_dim)
+
+    def joint(x, slots):  # (B, n_head, T, T + n_slot, head_dim)
+        x = x[:, :, None].expand(-1, -1, T, -1, -1)
+        return torch.cat([x, slots.permute(1, 2, 3, 0, 4)], 3).repeat_interleave(n_head // n_kv_head, 1).double()
+
+    keys, values = joint(k, depth_k), joint(v, depth_v)
+    q *= largest / ((q.double().unsqueeze(3) * keys).sum(-1).abs().max() * head_dim**-0.5).float()
+
+    def dq(dtype, impl):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, depth_k, depth_v)]
+        return torch.autograd.grad(moda_attention(*inputs, impl=impl), inputs[0], do.to(dtype))[0].double()
+
+    p = kernel.moda_attention_weights(q.double(), k.double(), depth_k.double())[0]
+    dp = (do.double().unsqueeze(3) * values).sum(-1)  # (B, n_head, T, T + n_slot)
+    delta = (p * dp).sum(-1, keepdim=True)
+    off = p * ((dp - delta).abs() + (p * dp.abs()).sum(-1, keepdim=True))
+    bound = 2**-23 * (largest + 8) * head_dim**-0.5 * (off.unsqueeze(-1) * keys.abs()).sum(3)
+    assert ((dq(torch.float32, impl) - dq(torch.float64, "reference")).abs() <= bound).all()
 
 
 # ------------------------------------------------------------------------- 2. before the work, or at least not after it
@@ -439,3 +460,26 @@ def test_a_checkpoint_without_a_field(whole, tmp_path, field):  # noqa: F811
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match=r"^error: .*(damaged or foreign|older version's)"):
         main(["--resume", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+def test_torch_func_and_second_derivatives(impl):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)  # (B, n_head, T, head_dim)
+    slots = torch.randn(2, 3, 1, 2, 5, 8, dtype=torch.float64)
+
+    def loss(q):
+        return moda_attention(q, k, v, *slots, impl=impl).square().sum()
+
+    x = q.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(x), x)
+    got = [torch.func.grad(loss)(q), torch.func.vjp(loss, q)[1](torch.ones_like(loss(q)))[0]]
+    got += [torch.func.vmap(torch.func.grad(loss))(q[None])[0], torch.func.jacrev(loss)(q)]
+    for grad in got:
+        torch.testing.assert_close(grad, want)
+    (again,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    if impl == "reference":
+        torch.autograd.grad(again.sum(), x)
+    else:
+        with pytest.raises(RuntimeError, match='no second derivatives: impl="reference" takes create_graph=True'):
+            torch.autograd.grad(again.sum(), x)

@@ -151,11 +151,15 @@ def test_a_float64_model_computes_in_float64():
 
 
 def test_model_made_without_memory():
-    """On the meta device, then to_empty: the rotary table, which no state_dict holds, is made anew."""
-    with torch.device("meta"):
-        model = MoDA(SMALL)
-    model.to_empty(device="cpu").load_state_dict(MoDA(SMALL).state_dict())
-    assert torch.equal(model.cos, MoDA(SMALL).cos) and torch.equal(model.sin, MoDA(SMALL).sin)
+    """On the meta device, then to_empty: the rotary table, which no state_dict holds, is made anew. Module by module,
+    as sharding does it, the model's own turn comes before that of its embedding."""
+    for recurse in (True, False):
+        with torch.device("meta"):
+            model = MoDA(SMALL)
+        for module in [model] if recurse else model.modules():
+            module.to_empty(device="cpu", recurse=recurse)
+        model.load_state_dict(MoDA(SMALL).state_dict())
+        assert torch.equal(model.cos, MoDA(SMALL).cos) and torch.equal(model.sin, MoDA(SMALL).sin)
     cos = model.cos
     assert model.float().cpu().cos is cos  # where nothing changes, a recorded CUDA graph still finds it
 
