@@ -102,8 +102,7 @@ def plain(config):
 PRESETS = {
     "tiny": MoDAConfig(block_size=256, vocab_size=2048, n_layer=6, n_head=4, n_kv_head=2, n_embd=128),  # for a laptop
     "deep": MoDAConfig(block_size=256, vocab_size=2048, n_layer=16, n_head=4, n_kv_head=2, n_embd=128),  # to look into
-    # the paper's Table 6 and Table 3
-    "paper-24l": MoDAConfig(512, 50_304, n_layer=24, n_head=6, n_kv_head=2, n_embd=384, bias=True),
+    "paper-24l": MoDAConfig(512, 50_304, n_layer=24, n_head=6, n_kv_head=2, n_embd=384, bias=True),  # Tables 6 and 3
     "paper-48l": MoDAConfig(512, 50_304, n_layer=48, n_head=6, n_kv_head=2, n_embd=384, bias=True),
     "paper-700m": MoDAConfig(4096, 100_352, n_layer=36, n_head=16, n_kv_head=8, n_embd=1024),
 }
@@ -323,7 +322,7 @@ class MoDA(nn.Module):
         return self
 
     def forward(self, idx, targets=None):
-        """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None, positions with -1 are left out.
+        """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None; -1 leaves a position out (all: NaN).
 
         Returns (logits (B, T, vocab_size), mean cross-entropy in nats per token or None). Raises ValueError for what is
         not (B, T) ids, for too many of them, and for targets of another shape."""
@@ -340,7 +339,11 @@ class MoDA(nn.Module):
         stop = start + idx.shape[1]
         if stop > self.config.block_size:
             raise ValueError(f"{stop} positions exceed block_size ({self.config.block_size})")
-        x = self.layers(self.embed(idx), (self.cos[start:stop], self.sin[start:stop]), stream, cache)
+        try:
+            x = self.embed(idx)
+        except IndexError as error:
+            raise ValueError(f"idx must be from 0 to below vocab_size ({self.config.vocab_size})") from error
+        x = self.layers(x, (self.cos[start:stop], self.sin[start:stop]), stream, cache)
         if cache is not None:
             cache.length = stop
         return self.norm(x)
@@ -361,8 +364,8 @@ class MoDA(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
-        """Continue idx (B, T) by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
-
+        """Continue idx (B, T), a tensor or lists, by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
+        Prompts of other lengths take a call each: nothing masks padding, so that they would read it.
         temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. When the context
         outgrows block_size, its last block_size // 2 tokens are kept and start again at position 0, with or without a
         cache: a sliding cache would not equal the model without one, as later layers' keys carry what was dropped.
@@ -370,21 +373,18 @@ class MoDA(nn.Module):
         if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
             raise ValueError(f"need temperature from 0 to 1000, max_new_tokens >= 0 and top_k >= 1 or None, {got}")
-        context, cache = idx, None
+        context, cache = (idx := torch.as_tensor(idx, device=self.cos.device)), None
         for _ in range(max_new_tokens):
             if context.shape[-1] > self.config.block_size:
                 context, cache = context[:, -max(1, self.config.block_size // 2) :], None
-            if use_cache and cache is None:
-                cache = KVCache(self.config, idx.shape[0])
+            cache = cache or (KVCache(self.config, len(idx)) if use_cache else None)
             hidden = self.hidden(context[..., cache.length :] if use_cache else context, cache=cache)
             logits, _ = self.head(hidden[:, -1])  # (B, vocab_size)
-            if temperature < 1e-5:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, float("-inf"))
-                new = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            p = (logits.float() / max(temperature, 1e-5)).softmax(-1)
+            new = torch.multinomial(p, 1) if temperature >= 1e-5 else logits.argmax(-1, keepdim=True)
             context, idx = torch.cat([context, new], dim=1), torch.cat([idx, new], dim=1)
         return idx
 
