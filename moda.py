@@ -299,7 +299,6 @@ class Block(nn.Module):
 
 class MoDA(nn.Module):
     """Decoder-only language model: RMSNorm, rotary positions, QK-norm, SwiGLU, grouped queries, tied embedding.
-
     impl: see `kernel.moda_attention`. On a GPU this is right but slow. Every layer stacks all the slots that it reads,
     forward and again backward. `fast.FastMoDA` has the same weights and results, and reads slots in place."""
 
@@ -327,7 +326,7 @@ class MoDA(nn.Module):
         return self
 
     def forward(self, idx, targets=None):
-        """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None, positions with -1 are left out.
+        """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None; -1 leaves a position out (all: NaN).
         Returns (logits (B, T, vocab_size), mean cross-entropy in nats a token or None). ValueError for wrong shapes."""
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of idx {tuple(idx.shape)}")
@@ -342,7 +341,11 @@ class MoDA(nn.Module):
         stop = start + idx.shape[1]
         if stop > self.config.block_size:
             raise ValueError(f"{stop} positions exceed block_size ({self.config.block_size})")
-        x = self.layers(self.embed(idx), (self.cos[start:stop], self.sin[start:stop]), stream, cache)
+        try:
+            x = self.embed(idx)
+        except IndexError as error:
+            raise ValueError(f"idx must be from 0 to below vocab_size ({self.config.vocab_size})") from error
+        x = self.layers(x, (self.cos[start:stop], self.sin[start:stop]), stream, cache)
         if cache is not None:
             cache.length = stop
         return self.norm(x)
@@ -363,28 +366,25 @@ class MoDA(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
-        """Continue idx (B, T) by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
+        """Continue idx (B, T), a tensor or lists of equal length, by sampled tokens -> (B, T + max_new_tokens).
         temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. A context that
         outgrows block_size is cut to its last block_size // 2 tokens, which start again at position 0, with or without
         a cache. (A sliding cache would differ: later layers' keys carry what was dropped.) ValueError if wrong."""
         if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             got = f"got {temperature}, {max_new_tokens} and {top_k}"
             raise ValueError(f"need temperature from 0 to 1000, max_new_tokens >= 0 and top_k >= 1 or None, {got}")
-        context, cache = idx, None
+        context, cache = (idx := torch.as_tensor(idx, device=self.cos.device)), None
         for _ in range(max_new_tokens):
             if context.shape[-1] > self.config.block_size:
                 context, cache = context[:, -max(1, self.config.block_size // 2) :], None
-            if use_cache and cache is None:
-                cache = KVCache(self.config, idx.shape[0])
+            cache = cache or (KVCache(self.config, len(idx)) if use_cache else None)
             hidden = self.hidden(context[..., cache.length :] if use_cache else context, cache=cache)
             logits, _ = self.head(hidden[:, -1])  # (B, vocab_size)
-            if temperature < 1e-5:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, float("-inf"))
-                new = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            p = (logits.float() / max(temperature, 1e-5)).softmax(-1)
+            new = torch.multinomial(p, 1) if temperature >= 1e-5 else logits.argmax(-1, keepdim=True)
             context, idx = torch.cat([context, new], dim=1), torch.cat([idx, new], dim=1)
         return idx
 

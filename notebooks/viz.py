@@ -74,8 +74,9 @@ def heatmap(ax, p, tokens, slots=(), vmax=None, values=False):
     T, n_key = p.shape
     vmax = float(p.max()) if vmax is None else vmax
     image = ax.imshow(p, cmap=HEAT, vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
-    ax.set_xticks(range(n_key), [*tokens, *slots], rotation=90)
-    ax.set_yticks(range(T), tokens)
+    tokens = [str(token).encode(errors="replace").decode() for token in tokens]  # half a surrogate pair has no glyph
+    ax.set_xticks(range(n_key), [*tokens, *slots], rotation=90, parse_math=False)  # a $ is a $
+    ax.set_yticks(range(T), tokens, parse_math=False)
     ax.set_ylabel("query")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -1,6 +1,7 @@
 """Whatever is thrown at it: an answer, or one error that says what is wrong. And a run that is killed, twenty times."""
 
 import contextlib
+import io
 import os
 import random
 import re
@@ -15,12 +16,15 @@ import test_train_small
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from small import SMALL
 from test_train_small import ROOT, arguments, assert_same_run, at_step, keywords, metrics, text, whole  # noqa: F401
 
 import environment
 import kernel
 import train_small
 from kernel import moda_attention, moda_attention_reference
+from moda import MoDA
 from text import make_tokenizer, read_documents, tokenizer_to_json
 from train_small import load_run, main
 
@@ -483,3 +487,31 @@ def test_torch_func_and_second_derivatives(impl):
     else:
         with pytest.raises(RuntimeError, match='no second derivatives: impl="reference" takes create_graph=True'):
             torch.autograd.grad(again.sum(), x)
+
+
+def test_labels_are_no_mathematics(monkeypatch):
+    """Half a surrogate pair is drawn as ?, and every $ as itself."""
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    import viz
+
+    axes = Figure().add_subplot()
+    labels = ["$$", r"$\frac$", "$a_$", "$x$", "\ud800", "\\$"]
+    viz.heatmap(axes, torch.rand(6, 7).numpy(), labels, ["attn 0"])
+    axes.figure.savefig(io.BytesIO())
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in ticks][:6] == [*labels[:4], "?", "\\$"]
+        assert not any(label.get_parse_math() for label in ticks)
+
+
+def test_ids_that_cannot_be():
+    model = MoDA(SMALL)
+    for ids in ([[1, SMALL.vocab_size]], [[-1, 2]]):
+        for use in (model, model.attention_maps, lambda idx: model.generate(idx, 1)):
+            with pytest.raises(ValueError, match=r"idx must be from 0 to below vocab_size \(23\)"):
+                use(torch.tensor(ids))
+    assert torch.equal(model.generate([[1, 2]], 3, 0), model.generate(torch.tensor([[1, 2]]), 3, 0))
+    with pytest.raises(ValueError, match="expected sequence of length"):  # PyTorch's words for lists of two lengths
+        model.generate([[1, 2], [3]], 3)
+    for ids in ([[1, 2]], "text"):
+        with pytest.raises(ValueError, match="idx must be a tensor of integer token ids"):
+            model(ids)
