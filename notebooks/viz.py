@@ -17,6 +17,10 @@ SEQUENCE, ATTN, FFN, BOUNDARY = "#0072B2", "#E69F00", "#009E73", "#D81E2C"
 INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
 OTHER = "#CC79A7"  # a fourth series, where one is needed
 HEAT = LinearSegmentedColormap.from_list("heat", ["#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B"])
+SLOT_HEAT = {
+    ATTN: LinearSegmentedColormap.from_list("attn", ["#FFFFFF", "#F8DFAC", ATTN, "#9A6A00", "#5C3F00"]),
+    FFN: LinearSegmentedColormap.from_list("ffn", ["#FFFFFF", "#B5E2D3", "#3FB68F", "#00714F", "#003D2B"]),
+}
 
 
 def use_style():
@@ -58,7 +62,8 @@ def heatmap(ax, p, tokens, slots=(), vmax=None, values=False):
     """One head's softmax over [sequence | depth]: p (T, T + n_slot), the boundary in red (the paper's Figure 5).
 
     tokens: T labels; slots: n_slot labels, as `MoDAConfig.slot_names` gives them. values: write each weight into its
-    cell. Keys in a query's future are left blank. Returns the image, for a colour bar.
+    cell. Keys in a query's future are left blank. Returns the sequence's image, for a colour bar; slots have the same
+    scale in their own colours.
     """
     T, n_key = p.shape
     vmax = float(p.max()) if vmax is None else vmax
@@ -70,6 +75,10 @@ def heatmap(ax, p, tokens, slots=(), vmax=None, values=False):
     ax.spines[:].set_visible(False)
     above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "va": "bottom"}
     ax.annotate("sequence", ((T - 1) / 2, -0.5), color=SEQUENCE, **above)
+    for j, name in enumerate(slots, T):
+        look = {"cmap": SLOT_HEAT[slot_color(name)], "vmin": 0, "vmax": vmax, "aspect": "auto"}
+        ax.imshow(p[:, j : j + 1], extent=(j - 0.5, j + 0.5, T - 0.5, -0.5), interpolation="nearest", **look)
+    ax.set_xlim(-0.5, n_key - 0.5)
     if slots:
         ax.axvline(T - 0.5, color=BOUNDARY, linewidth=2.5)
         ax.annotate("depth", (T + (len(slots) - 1) / 2, -0.5), color=INK, **above)
@@ -92,6 +101,32 @@ def end_label(ax, x, y, text, color, dy=0.0, **kwargs):
     """Name a line at its right end, in its own colour, instead of a legend. dy moves the text, in points."""
     kwargs = {"color": shade(color), "va": "center", "annotation_clip": False, **kwargs}
     ax.annotate(text, (x, y), (6, dy), textcoords="offset points", **kwargs)
+
+
+def table(header, rows):
+    """A table as the output of a notebook's cell. header: strings; rows: of anything that has a str()."""
+    from IPython.display import Markdown
+
+    lines = [header, ["---"] * len(header), *rows]
+    return Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+
+
+def online_softmax(trace, names, colors, boundary):
+    """Online softmax, key by key. trace: (logit, running maximum, denominator) after each key; boundary: where depth
+    begins. names, colors: one a key."""
+    z, m, a = np.array(trace, dtype=float).T
+    x = np.arange(len(z))
+    _, (top, low) = plt.subplots(2, 1, figsize=(8, 4.8), sharex=True)
+    top.bar(x, z, color=colors, width=0.7)
+    top.stairs(m, np.arange(len(z) + 1) - 0.5, baseline=None, color=INK, linewidth=2)
+    end_label(top, x[-1] + 0.5, m[-1], "running max $m$", INK)
+    top.axhline(0, color=GREY, linewidth=0.8)
+    top.set_ylabel("logit $z_j$")
+    low.bar(x, a, color=colors, width=0.7)
+    low.set_ylabel("denominator $a$")
+    for ax in (top, low):
+        ax.axvline(boundary, color=BOUNDARY, linewidth=2.5)
+    low.set_xticks(x, names, rotation=90)
 
 
 def tiles(ax, visible, computed, colors):
