@@ -141,6 +141,45 @@ def tiles(ax, visible, computed, colors):
     ax.spines[:].set_visible(False)
 
 
+def backward_tile(visible, group, t0, slots):
+    """One tile of the depth half, and below it the sums over its rows. visible (rows, columns): which weights P are not
+    zero; a token has `group` rows, and the columns go through the block's tokens slot by slot."""
+    n_row, n_column = visible.shape
+    block_t = n_row // group
+    colors = [slot_color(slots[column // block_t]) for column in range(n_column)]
+    fig, (top, low) = plt.subplots(2, 1, figsize=(8, 4.6), height_ratios=(n_row, 2), sharex=True)
+    tiles(top, visible, np.ones_like(visible), colors)
+    top.set_title(r"$P$ and $dz$: rows of all heads, columns of all slots", loc="left")
+    top.set_yticks([group * i + (group - 1) / 2 for i in range(block_t)], [f"token {t0 + i}" for i in range(block_t)])
+    tiles(low, np.ones((1, n_column), bool), np.ones((1, n_column), bool), colors)
+    low.set_yticks([0], ["$dk$, $dv$"])
+    names = [f"{slots[j // block_t]}\nof {t0 + j % block_t}" for j in range(n_column)]
+    low.set_xticks(range(n_column), names, rotation=90, fontsize=9)
+    for j in range(n_column):
+        top.axvline(j - 0.5, color="white", linewidth=1)
+        low.axvline(j - 0.5, color="white", linewidth=1)
+    for i in range(0, n_row, group):
+        top.axhline(i - 0.5, color="white", linewidth=1)
+    return fig
+
+
+def readers(n_layer):
+    """Which layer (row) reads which slot (column), two slots a layer; a slot's gradient is the sum down its column."""
+    n_slot = 2 * (n_layer - 1)
+    names = [f"{kind} {layer}" for layer in range(n_layer - 1) for kind in ("attn", "ffn")]
+    read = np.arange(n_slot)[None] // 2 < np.arange(1, n_layer)[:, None]  # (reader, slot)
+    fig, ax = plt.subplots(figsize=(8, 3.8))
+    tiles(ax, read, read, [slot_color(name) for name in names])
+    ax.set_xticks(range(n_slot), names, rotation=90, fontsize=9)
+    ax.set_yticks(range(n_layer - 1), range(1, n_layer), fontsize=9)
+    ax.set_ylabel("layer that reads")
+    for j in range(n_slot):
+        ax.axvline(j - 0.5, color="white", linewidth=1.2)
+    for i in range(n_layer - 1):
+        ax.axhline(i - 0.5, color="white", linewidth=1.2)
+    return fig
+
+
 def state(ax, x, fig):
     """x (rows, steps), one number a row and step, with a colour bar of its own; NaN is grey."""
     image = ax.imshow(x, cmap=HEAT.with_extremes(bad=PALE), aspect="auto", interpolation="nearest")
