@@ -20,6 +20,10 @@ INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
 BASELINE, ROW_3, MODA = SEQUENCE, ATTN, "#D55E00"  # where models are compared
 OTHER = "#CC79A7"  # a fourth series, where one is needed
 HEAT = LinearSegmentedColormap.from_list("heat", ["#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B"])
+SLOT_HEAT = {
+    ATTN: LinearSegmentedColormap.from_list("attn", ["#FFFFFF", "#F8DFAC", ATTN, "#9A6A00", "#5C3F00"]),
+    FFN: LinearSegmentedColormap.from_list("ffn", ["#FFFFFF", "#B5E2D3", "#3FB68F", "#00714F", "#003D2B"]),
+}
 
 
 def use_style():
@@ -69,7 +73,8 @@ def heatmap(ax, p, tokens, slots=(), vmax=None, values=False):
     """One head's softmax over [sequence | depth]: p (T, T + n_slot), the boundary in red (the paper's Figure 5).
 
     tokens: T labels; slots: n_slot labels, as `MoDAConfig.slot_names` gives them. values: write each weight into its
-    cell. Keys in a query's future are left blank. Returns the image, for a colour bar.
+    cell. Keys in a query's future are left blank. Returns the sequence's image, for a colour bar; slots have the same
+    scale in their own colours.
     """
     T, n_key = p.shape
     vmax = float(p.max()) if vmax is None else vmax
@@ -82,6 +87,10 @@ def heatmap(ax, p, tokens, slots=(), vmax=None, values=False):
     ax.spines[:].set_visible(False)
     above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "va": "bottom"}
     ax.annotate("sequence", ((T - 1) / 2, -0.5), color=SEQUENCE, **above)
+    for j, name in enumerate(slots, T):
+        look = {"cmap": SLOT_HEAT[slot_color(name)], "vmin": 0, "vmax": vmax, "aspect": "auto"}
+        ax.imshow(p[:, j : j + 1], extent=(j - 0.5, j + 0.5, T - 0.5, -0.5), interpolation="nearest", **look)
+    ax.set_xlim(-0.5, n_key - 0.5)
     if slots:
         ax.axvline(T - 0.5, color=BOUNDARY, linewidth=2.5)
         ax.annotate("depth", (T + (len(slots) - 1) / 2, -0.5), color=INK, **above)
@@ -106,6 +115,32 @@ def end_label(ax, x, y, text, color, dy=0.0, **kwargs):
     ax.annotate(text, (x, y), (6, dy), textcoords="offset points", **kwargs)
 
 
+def table(header, rows):
+    """A table as the output of a notebook's cell. header: strings; rows: of anything that has a str()."""
+    from IPython.display import Markdown
+
+    lines = [header, ["---"] * len(header), *rows]
+    return Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+
+
+def online_softmax(trace, names, colors, boundary):
+    """Online softmax, key by key. trace: (logit, running maximum, denominator) after each key; boundary: where depth
+    begins. names, colors: one a key."""
+    z, m, a = np.array(trace, dtype=float).T
+    x = np.arange(len(z))
+    _, (top, low) = plt.subplots(2, 1, figsize=(8, 4.8), sharex=True)
+    top.bar(x, z, color=colors, width=0.7)
+    top.stairs(m, np.arange(len(z) + 1) - 0.5, baseline=None, color=INK, linewidth=2)
+    end_label(top, x[-1] + 0.5, m[-1], "running max $m$", INK)
+    top.axhline(0, color=GREY, linewidth=0.8)
+    top.set_ylabel("logit $z_j$")
+    low.bar(x, a, color=colors, width=0.7)
+    low.set_ylabel("denominator $a$")
+    for ax in (top, low):
+        ax.axvline(boundary, color=BOUNDARY, linewidth=2.5)
+    low.set_xticks(x, names, rotation=90)
+
+
 def tiles(ax, visible, computed, colors):
     """A mask as tiles meet it: what is read in its column's colour, what is computed and masked pale, the rest blank.
 
@@ -116,6 +151,45 @@ def tiles(ax, visible, computed, colors):
     ax.imshow(np.where(np.asarray(visible)[..., None], np.array(strong), image), aspect="auto", interpolation="nearest")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+
+
+def backward_tile(visible, group, t0, slots):
+    """One tile of the depth half, and below it the sums over its rows. visible (rows, columns): which weights P are not
+    zero; a token has `group` rows, and the columns go through the block's tokens slot by slot."""
+    n_row, n_column = visible.shape
+    block_t = n_row // group
+    colors = [slot_color(slots[column // block_t]) for column in range(n_column)]
+    fig, (top, low) = plt.subplots(2, 1, figsize=(8, 4.6), height_ratios=(n_row, 2), sharex=True)
+    tiles(top, visible, np.ones_like(visible), colors)
+    top.set_title(r"$P$ and $dz$: rows of all heads, columns of all slots", loc="left")
+    top.set_yticks([group * i + (group - 1) / 2 for i in range(block_t)], [f"token {t0 + i}" for i in range(block_t)])
+    tiles(low, np.ones((1, n_column), bool), np.ones((1, n_column), bool), colors)
+    low.set_yticks([0], ["$dk$, $dv$"])
+    names = [f"{slots[j // block_t]}\nof {t0 + j % block_t}" for j in range(n_column)]
+    low.set_xticks(range(n_column), names, rotation=90, fontsize=9)
+    for j in range(n_column):
+        top.axvline(j - 0.5, color="white", linewidth=1)
+        low.axvline(j - 0.5, color="white", linewidth=1)
+    for i in range(0, n_row, group):
+        top.axhline(i - 0.5, color="white", linewidth=1)
+    return fig
+
+
+def readers(n_layer):
+    """Which layer (row) reads which slot (column), two slots a layer; a slot's gradient is the sum down its column."""
+    n_slot = 2 * (n_layer - 1)
+    names = [f"{kind} {layer}" for layer in range(n_layer - 1) for kind in ("attn", "ffn")]
+    read = np.arange(n_slot)[None] // 2 < np.arange(1, n_layer)[:, None]  # (reader, slot)
+    fig, ax = plt.subplots(figsize=(8, 3.8))
+    tiles(ax, read, read, [slot_color(name) for name in names])
+    ax.set_xticks(range(n_slot), names, rotation=90, fontsize=9)
+    ax.set_yticks(range(n_layer - 1), range(1, n_layer), fontsize=9)
+    ax.set_ylabel("layer that reads")
+    for j in range(n_slot):
+        ax.axvline(j - 0.5, color="white", linewidth=1.2)
+    for i in range(n_layer - 1):
+        ax.axhline(i - 0.5, color="white", linewidth=1.2)
+    return fig
 
 
 def state(ax, x, fig):
