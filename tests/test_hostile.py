@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import operator
 import os
 import random
 import re
@@ -509,9 +510,41 @@ def test_ids_that_cannot_be():
         for use in (model, model.attention_maps, lambda idx: model.generate(idx, 1)):
             with pytest.raises(ValueError, match=r"idx must be from 0 to below vocab_size \(23\)"):
                 use(torch.tensor(ids))
-    assert torch.equal(model.generate([[1, 2]], 3, 0), model.generate(torch.tensor([[1, 2]]), 3, 0))
-    with pytest.raises(ValueError, match="expected sequence of length"):  # PyTorch's words for lists of two lengths
-        model.generate([[1, 2], [3]], 3)
     for ids in ([[1, 2]], "text"):
         with pytest.raises(ValueError, match="idx must be a tensor of integer token ids"):
             model(ids)
+
+
+# -------------------------------------------------------------------------------------------- 4. what is not built here
+
+
+def test_prompts_of_two_lengths():
+    """Nothing masks padding: they go one by one."""
+    model = MoDA(SMALL)
+    assert torch.equal(model.generate([[1, 2]], 3, 0), model.generate(torch.tensor([[1, 2]]), 3, 0))
+    with pytest.raises(ValueError, match="expected sequence of length 2 at dim 1"):  # PyTorch's words
+        model.generate([[1, 2], [3]], 3)
+
+
+# -------------------------------------------------------------------------------------------------- 5. another PyTorch
+
+
+CODE = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+PRIVATE = sorted(set(re.findall(r"\b(?:torch|aten|forward_ad)\._[a-zA-Z][\w.]+", CODE)))
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_name_of_pytorch_is_still_there(name):
+    place = {"torch": torch, "aten": torch.ops.aten, "forward_ad": torch.autograd.forward_ad}
+    root, _, rest = name.partition(".")
+    assert operator.attrgetter(rest)(place[root]) is not None
+
+
+def test_the_private_names_are_these():
+    """All that another PyTorch may take away, in one place."""
+    assert [name for name in PRIVATE if "_scaled_dot_product" not in name] == [
+        "forward_ad._current_level",
+        "torch._C._current_graph_task_id",
+        "torch._C._functorch.peek_interpreter_stack",
+        "torch._dynamo.config",
+    ]
