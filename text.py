@@ -134,6 +134,7 @@ def encode(tokenizer, texts):
     """One stream of token ids, int64 (n_token,), <|endoftext|> before, between and after the texts.
 
     Where a text itself spells <|endoftext|>, those characters are encoded, not the token.
+    Nothing masks the boundaries: in training and evaluation, attention looks across them at the text before.
     """
     stream, end = [], [np.array([tokenizer.eot_token])]
     with tqdm(desc="encoding", unit="char", unit_scale=True, **BAR) as bar:
