@@ -133,11 +133,10 @@ def _depth_forward_torch(q, depth_k, depth_v, o, lse, scale):
     """Continue the softmax state (o, lse) over the depth slots. Returns the joint (o, lse)."""
     n_kv_head = depth_k.shape[2]
     z = _by_token(q, n_kv_head) @ _slots_by_token(depth_k).mT * scale  # (B, n_kv_head, T_q, group, n_slot)
-    lse = _by_token(lse, n_kv_head)  # (B, n_kv_head, T_q, group)
-    joint = torch.logaddexp(lse, z.logsumexp(-1))
-    o = _by_token(o, n_kv_head) * (lse - joint).exp().unsqueeze(-1)
-    o = o + (z - joint.unsqueeze(-1)).exp() @ _slots_by_token(depth_v)  # (B, n_kv_head, T_q, group, head_dim)
-    return o.transpose(2, 3).flatten(1, 2).to(q.dtype), joint.transpose(2, 3).flatten(1, 2)
+    z = torch.cat([_by_token(lse, n_kv_head).unsqueeze(-1), z], dim=-1)  # the sequence is one more key, o its value
+    p_seq, p_depth = z.softmax(-1).split([1, len(depth_k)], dim=-1)  # exp(z - lse) would not sum to 1: lse is rounded
+    o = p_seq * _by_token(o, n_kv_head) + p_depth @ _slots_by_token(depth_v)  # (B, n_kv_head, T_q, group, head_dim)
+    return o.transpose(2, 3).flatten(1, 2).to(q.dtype), z.logsumexp(-1).transpose(2, 3).flatten(1, 2)
 
 
 def _depth_backward_torch(do, q, depth_k, depth_v, o, lse, scale, dq):

@@ -113,9 +113,9 @@ def sequence_forward(q, k, v, causal, scale):
     for start, stop, is_causal in _key_blocks(q.shape[2], k.shape[2], causal):
         o, lse = _sdpa_forward(q, k[:, :, start:stop], v[:, :, start:stop], is_causal, scale)
         if state is not None:  # merge two softmax states by their weights
-            both = torch.logaddexp(state[1], lse)
-            w_old, w_new = (state[1] - both).exp().unsqueeze(-1), (lse - both).exp().unsqueeze(-1)
-            o, lse = (state[0] * w_old + o * w_new).to(q.dtype), both
+            both = torch.stack([state[1], lse])
+            w_old, w_new = both.softmax(0).unsqueeze(-1)
+            o, lse = (state[0] * w_old + o * w_new).to(q.dtype), both.logsumexp(0)
         state = o, lse
     return state
 

@@ -161,7 +161,7 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("kernel.py:moda_attention_weights", ".tril(T_kv - T_q)", ".tril(T_kv - T_q - 1)"),
     ("kernel.py:moda_attention_weights", '"bkgtd,sbktd->bkgts", q, depth_k.to(dtype)) * scale', '"bkgtd,sbktd->bkgts", q, depth_k.to(dtype))'),
     ("kernel.py:moda_attention_weights", "q.to(dtype).unflatten(1, (n_kv_head, n_head // n_kv_head))", "q.to(dtype).unflatten(1, (n_head // n_kv_head, n_kv_head)).transpose(1, 2)"),
-    ("kernel.py:_depth_forward_torch", "(lse - joint).exp().unsqueeze(-1)", "1"),
+    ("kernel.py:_depth_forward_torch", "p_seq * _by_token(o, n_kv_head)", "_by_token(o, n_kv_head)"),
     ("kernel.py:_depth_backward_torch", "p * (do_ @ v_.mT - delta) * scale", "p * (do_ @ v_.mT) * scale"),
     ("kernel.py:moda_attention", "if scale <= 0:", "if scale < -1e9:"),
     ("kernel.py:moda_attention", "or _transformed():", ":"),

@@ -434,6 +434,18 @@ def test_huge_logits(winner, impl, device):
     assert_close({n: got[n] for n in linear}, {n: want[n] for n in linear}, 1e-3)  # float32 rounds z to 1e-4
 
 
+@each_run
+@pytest.mark.parametrize("T_kv", [5, 8])
+def test_weights_sum_to_one(T_kv, impl, device):
+    """However large the logits. exp(z - lse) does not, as lse is rounded; then delta does not cancel what it should,
+    and a query that sees one key only gets a gradient."""
+    inputs = random_inputs(T_q=5, T_kv=T_kv, dtype=torch.float32, device=device)
+    q, k, v, depth_k, depth_v = (x.detach() for x in inputs)
+    for size in (1, 30, 1e3):
+        o = moda_attention(q * size, k, torch.ones_like(v), depth_k, torch.ones_like(depth_v), impl=impl)
+        assert (o - 1).abs().max() <= (T_kv + 3) * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("impl", [None, "torch"])
 def test_cpu_runs_the_fused_path(impl, dtype, monkeypatch):
