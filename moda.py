@@ -7,8 +7,7 @@ sequence. One layer, in the order of `Block.forward`:
 
     project -> rotate -> attend over [sequence | depth] -> write attention's slot -> write the FFN's slot -> FFN
 
-Shapes: B batch, T positions, n_slot depth slots that a layer reads.
-The attention itself is in kernel.py. What makes training fast on a GPU is in fast.py: the same model and weights.
+Shapes: B batch, T positions, n_slot slots that a layer reads. kernel.py is the attention, fast.py the model on a GPU.
 """
 
 import math
@@ -156,15 +155,17 @@ class DepthStream:
 
 
 class RecordingStream(DepthStream):
-    """Keeps every layer's attention weights, in `maps`: (B, n_head, T, T + n_slot) each."""
+    """Keeps the attention weights of layers and heads (numbers; None: all), in `maps`: as `MoDA.attention_maps`."""
 
-    def __init__(self, impl=None):
+    def __init__(self, impl=None, layers=None, heads=None):
         super().__init__(impl)
-        self.maps = []
+        self.layers, self.heads, self.maps = layers, heads, []
 
     def attend(self, layer, q, k, v):
-        depth_k = torch.stack(self.read(layer)[0]) if layer.reads else None
-        self.maps.append(moda_attention_weights(q, k, depth_k)[0])
+        if self.layers is None or layer.layer in self.layers:
+            depth_k = torch.stack(self.read(layer)[0]) if layer.reads else None
+            p = moda_attention_weights(q, k, depth_k)[0]
+            self.maps.append(p if self.heads is None else p[:, self.heads])
         return super().attend(layer, q, k, v)
 
 
@@ -220,8 +221,7 @@ class KVProjection(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.gate, self.up = (nn.Linear(config.n_embd, config.hidden, bias=config.bias) for _ in range(2))
         self.down = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
@@ -238,8 +238,7 @@ class Attention(nn.Module):
         self.wq = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.kv = KVProjection(c)
         self.wo = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.q_norm = rms_norm(c.head_dim) if c.qk_norm else nn.Identity()
-        self.k_norm = rms_norm(c.head_dim) if c.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (rms_norm(c.head_dim) if c.qk_norm else nn.Identity() for _ in range(2))
         self.writes = c.is_read("attn", layer)
         self.attn_kv = KVProjection(c) if c.attn_kv and self.writes else None
         self.ffn_kv = KVProjection(c) if c.is_read("ffn", layer) else None
@@ -282,8 +281,7 @@ class Block(nn.Module):
         """x (B, T, n_embd) -> the same shape. rope: cos and sin (T, head_dim / 2)."""
         attn = self.attn
         q, k, v, slot = attn(self.attn_norm(x) if self.pre else x, rope)
-        if cache is not None:
-            k, v = cache.append(attn.layer, k, v)
+        k, v = cache.append(attn.layer, k, v) if cache else (k, v)
         o = stream.attend(attn, q, k, v)  # (B, n_head, T, head_dim): here positions meet, and layers
         stream.write(attn, "attn", slot)
         h = attn.wo(o.transpose(1, 2).flatten(2))  # (B, T, n_embd)
@@ -319,11 +317,10 @@ class MoDA(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Behind .to(), .half() and .to_empty(). A cast would ruin the rotary table, to_empty lose it: make it anew."""
-        before = self.cos
-        super()._apply(fn, recurse)
+        before, result = self.cos, super()._apply(fn, recurse)
         if self.cos is not before:
             self.cos, self.sin = rotary_table(self.config, self.cos)
-        return self
+        return result
 
     def forward(self, idx, targets=None):
         """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None; -1 leaves a position out (all: NaN).
@@ -337,8 +334,7 @@ class MoDA(nn.Module):
         if not isinstance(idx, torch.Tensor) or idx.dim() != 2 or idx.numel() == 0 or idx.is_floating_point():
             got = f"{idx.dtype} {tuple(idx.shape)}" if isinstance(idx, torch.Tensor) else repr(idx)
             raise ValueError(f"idx must be a tensor of integer token ids (B, T), not empty, got {got}")
-        start = 0 if cache is None else cache.length
-        stop = start + idx.shape[1]
+        stop = (start := cache.length if cache else 0) + idx.shape[1]
         if stop > self.config.block_size:
             raise ValueError(f"{stop} positions exceed block_size ({self.config.block_size})")
         try:
@@ -365,36 +361,40 @@ class MoDA(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
-        """Continue idx (B, T), a tensor or lists of equal length, by sampled tokens -> (B, T + max_new_tokens).
-        temperature 0 (or below 1e-5) takes the likeliest token; top_k samples among the k likeliest. A context that
-        outgrows block_size is cut to its last block_size // 2 tokens, which start again at position 0, with or without
-        a cache. (A sliding cache would differ: later layers' keys carry what was dropped.) ValueError if wrong."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, stop=None):
+        """Continue idx (B, T) by sampled tokens -> (B, T + max_new_tokens), or until each row has sampled `stop`. A
+        list of prompts goes one by one, as padding would be read. temperature below 1e-5 takes the likeliest token,
+        top_k one of the k likeliest. A context that outgrows block_size is cut to its last block_size // 2 tokens, from
+        position 0 again. (A sliding cache would differ: later keys carry what was dropped.) ValueError if wrong."""
         if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
-            got = f"got {temperature}, {max_new_tokens} and {top_k}"
-            raise ValueError(f"need temperature from 0 to 1000, max_new_tokens >= 0 and top_k >= 1 or None, {got}")
-        context, cache = (idx := torch.as_tensor(idx, device=self.cos.device)), None
-        for _ in range(max_new_tokens):
+            raise ValueError("need temperature from 0 to 1000, max_new_tokens >= 0, and top_k >= 1 or None")
+        if isinstance(idx, list):
+            rows = [torch.as_tensor(x, device=self.cos.device)[None] for x in idx]  # (1, T) each
+            return [self.generate(x, max_new_tokens, temperature, top_k, use_cache, stop)[0] for x in rows]
+        context, cache = idx, None
+        for n_new in range(1, max_new_tokens + 1):
             if context.shape[-1] > self.config.block_size:
                 context, cache = context[:, -max(1, self.config.block_size // 2) :], None
             cache = cache or (KVCache(self.config, len(idx)) if use_cache else None)
-            hidden = self.hidden(context[..., cache.length :] if use_cache else context, cache=cache)
-            logits, _ = self.head(hidden[:, -1])  # (B, vocab_size)
+            logits, _ = self.head(self.hidden(context[..., cache.length :] if cache else context, cache=cache)[:, -1])
             if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, float("-inf"))
+                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = float("-inf")
             p = (logits.float() / max(temperature, 1e-5)).softmax(-1)
             new = torch.multinomial(p, 1) if temperature >= 1e-5 else logits.argmax(-1, keepdim=True)
             context, idx = torch.cat([context, new], dim=1), torch.cat([idx, new], dim=1)
+            if stop is not None and (idx[:, -n_new:] == stop).any(1).all():
+                break
         return idx
 
     @torch.no_grad()
-    def attention_maps(self, idx):
-        """Where every layer looks (the paper's Figure 5): a list over layers of (B, n_head, T, T + n_slot). Rows sum to
-        1: sequence columns first, then the depth slots in the order of `config.slot_names(layer)`."""
-        self.hidden(idx, stream := RecordingStream(self.impl))
+    def attention_maps(self, idx, layers=None, heads=None):
+        """Where `layers` look with `heads` (numbers; None: all), the paper's Figure 5: a list of (B, n_head, T, T +
+        n_slot). Rows sum to 1: sequence, then slots as `config.slot_names(layer)`. ValueError for more than 8 GiB."""
+        n_map = max(self.config.n_head, len(layers or self.blocks) * len(heads or range(self.config.n_head)))
+        if (size := idx.numel() * idx.shape[-1] * n_map * self.cos.element_size() / 2**30) > 8:
+            raise ValueError(f"the maps would take {size:.1f} GiB, more than 8: choose some layers or heads")
+        self.hidden(idx, stream := RecordingStream(self.impl, layers, heads))
         return stream.maps
 
     def num_params(self):
-        """Parameters, the tied embedding counted once."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters())  # the tied embedding is one of them

@@ -64,6 +64,8 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("moda.py:Attention.heads", "if not self.writes:", "if False:"),
     ("moda.py:Block.forward", "attn.ffn_kv(h)", "attn.ffn_kv(x)"),
     ("moda.py:MoDA.generate", "self.config.block_size // 2) :], None", "self.config.block_size // 2) :], cache"),
+    ("moda.py:MoDA.generate", "idx[:, -n_new:] == stop", "idx == stop"),
+    ("moda.py:RecordingStream.attend", "p[:, self.heads]", "p"),
     # the fast model: joined products, layers in parts
     ("fast.py:joined", "[layer.weight for layer in layers]", "[layer.weight for layer in layers[::-1]]"),
     ("fast.py:joined", "None if biases[0] is None else torch.cat(biases)", "None"),
@@ -155,7 +157,7 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("moda.py:MoDA.hidden", "(self.cos[start:stop], self.sin[start:stop])", "(self.cos[: stop - start], self.sin[: stop - start])"),
     ("moda.py:MoDA.head", "ignore_index=-1", "ignore_index=0"),
     ("moda.py:MoDA.__init__", "math.sqrt(2 * config.n_layer)", "math.sqrt(config.n_layer)"),
-    ("moda.py:MoDA.generate", "logits.masked_fill(logits < kth", "logits.masked_fill(logits <= kth"),
+    ("moda.py:MoDA.generate", "logits[logits < logits.topk", "logits[logits <= logits.topk"),
     ("experiments/common.py:flops", "n_extra * 2 * c.n_embd * kv_dim", "n_extra * c.n_embd * kv_dim"),
     # the equation and the portable path
     ("kernel.py:moda_attention_weights", ".tril(T_kv - T_q)", ".tril(T_kv - T_q - 1)"),

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from small import SMALL
 from test_train_small import ROOT, arguments, assert_same_run, at_step, keywords, metrics, text, whole  # noqa: F401
+from torch.autograd import Variable
 
 import environment
 import kernel
 import train_small
 from kernel import moda_attention, moda_attention_reference
-from moda import MoDA
+from moda import PRESETS, MoDA
 from text import make_tokenizer, read_documents, tokenizer_to_json
 from train_small import load_run, main
 
@@ -515,27 +516,47 @@ def test_ids_that_cannot_be():
             model(ids)
 
 
-# -------------------------------------------------------------------------------------------- 4. what is not built here
+# -------------------------------------------------------------------------------------------------- 4. what was missing
 
 
-def test_prompts_of_two_lengths():
-    """Nothing masks padding: they go one by one."""
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_of_any_lengths(use_cache):
+    """Each as if alone, also one longer than block_size, and ends for itself. Lists of ids, or tensors."""
+    torch.manual_seed(0)
     model = MoDA(SMALL)
-    assert torch.equal(model.generate([[1, 2]], 3, 0), model.generate(torch.tensor([[1, 2]]), 3, 0))
-    with pytest.raises(ValueError, match="expected sequence of length 2 at dim 1"):  # PyTorch's words
-        model.generate([[1, 2], [3]], 3)
+    prompts = [torch.randint(SMALL.vocab_size, (T,)) for T in (3, 1, 40, 16)]
+    alone = [model.generate(prompt[None], 12, 0, use_cache=use_cache)[0] for prompt in prompts]
+    for ids in (prompts, [prompt.tolist() for prompt in prompts]):
+        assert all(map(torch.equal, model.generate(ids, 12, 0, use_cache=use_cache), alone))
+    stop = alone[0][-1].item()
+    for prompt, row, got in zip(
+        prompts, alone, model.generate(prompts, 12, 0, use_cache=use_cache, stop=stop), strict=True
+    ):
+        new = row[len(prompt) :].tolist()
+        assert got[len(prompt) :].tolist() == (new[: new.index(stop) + 1] if stop in new else new)
+    with pytest.raises(ValueError, match="empty"):
+        model.generate([[1, 2], []], 3)
+
+
+def test_more_maps_than_memory():
+    """Refused before they are computed: the device has no numbers."""
+    with torch.device("meta"):
+        model, idx = MoDA(PRESETS["paper-700m"]), torch.zeros(1, 4096, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"would take 36\.0 GiB.*some layers or heads"):
+        model.attention_maps(idx)
+    assert [p.shape for p in model.attention_maps(idx, layers=[35], heads=[3])] == [(1, 1, 4096, 4096 + 70)]
 
 
 # -------------------------------------------------------------------------------------------------- 5. another PyTorch
 
 
 CODE = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-PRIVATE = sorted(set(re.findall(r"\b(?:torch|aten|forward_ad)\._[a-zA-Z][\w.]+", CODE)))
+PRIVATE = sorted(set(re.findall(r"\b(?:torch|aten|forward_ad|Variable)\._[a-zA-Z][\w.]+", CODE)))
 
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_a_private_name_of_pytorch_is_still_there(name):
-    place = {"torch": torch, "aten": torch.ops.aten, "forward_ad": torch.autograd.forward_ad}
+    place = {"torch": torch, "aten": torch.ops.aten, "forward_ad": torch.autograd.forward_ad, "Variable": Variable}
     root, _, rest = name.partition(".")
     assert operator.attrgetter(rest)(place[root]) is not None
 
@@ -543,6 +564,7 @@ def test_a_private_name_of_pytorch_is_still_there(name):
 def test_the_private_names_are_these():
     """All that another PyTorch may take away, in one place."""
     assert [name for name in PRIVATE if "_scaled_dot_product" not in name] == [
+        "Variable._execution_engine.queue_callback",
         "forward_ad._current_level",
         "torch._C._current_graph_task_id",
         "torch._C._functorch.peek_interpreter_stack",

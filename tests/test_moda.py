@@ -432,6 +432,17 @@ def test_generate_samples_what_it_should(monkeypatch):
     assert not model.generate(idx, 1).requires_grad
 
 
+def test_stop():
+    model, idx = random_model(), tokens(3, 4)
+    want = model.generate(idx, 40, temperature=0)
+    stop = want[0, 9].item()
+    ends = [4 + (row[4:].tolist().index(stop) + 1 if stop in row[4:] else 40) for row in want]
+    assert len(set(ends)) > 1
+    assert torch.equal(model.generate(idx, 40, temperature=0, stop=stop), want[:, : max(ends)])
+    rows = model.generate(list(idx), 40, temperature=0, stop=stop)
+    assert all(torch.equal(row, w[:end]) for row, w, end in zip(rows, want, ends, strict=True))
+
+
 def test_nearly_greedy():
     model, idx = random_model(), tokens(3, 4)
     want = model.generate(idx, 9, temperature=0)
@@ -457,6 +468,16 @@ def test_attention_maps_reproduce_the_output(variant, attention_calls):
         for s in range(n_slot):
             o = o + p[..., T + s, None] * call["depth_v"][s].repeat_interleave(group, dim=1)
         torch.testing.assert_close(o, call["o"])
+
+
+def test_some_attention_maps():
+    model, idx = random_model(), tokens()
+    maps = model.attention_maps(idx)
+    for layers, heads in ([2, 0], [3, 1]), (None, [2]), (range(1, 2), None):
+        some = model.attention_maps(idx, layers, heads)
+        wanted = [p for layer, p in enumerate(maps) if layers is None or layer in layers]
+        for p, q in zip(wanted, some, strict=True):
+            torch.testing.assert_close(p if heads is None else p[:, heads], q)
 
 
 # ----------------------------------------------------------------------------------------------- the paper's numbers
