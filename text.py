@@ -156,6 +156,9 @@ def get_batch(tokens, block_size, seed, rows):
 
     Every epoch cuts the stream, tokens (n_token,) closed to a ring, into windows at another offset and visits each
     once. Only the seed and its number decide a window: a resumed run and another model read the same text.
+
+    Attention crosses the ends of documents, and of the ring; validation, too, reads one stream. Nothing masks what is
+    before an <|endoftext|>: the model learns what it is worth. What a mask would change was not measured.
     """
     n_window = len(tokens) // block_size
     starts = [epoch_order(n_window, block_size, seed, row // n_window)[row % n_window] for row in rows]

@@ -4,6 +4,7 @@
     python train_small.py --data shakespeare.txt --compare   your text, and the same model without depth KV beside it
     python train_small.py --n-layer 12 --no-depth-rope       every setting of the training and of the model is a flag
     python train_small.py --resume                           go on with the latest run of this --preset
+    OMP_NUM_THREADS=1 python train_small.py                  one thread: faster where other work shares a small CPU
 
 In a notebook the flags are keywords: `main(steps=100, data="shakespeare.txt")`, and `main(resume=True)` to go on.
 The run folder gets checkpoint.pt, tokenizer.json, config.json, metrics.jsonl, result.json, sample.txt and loss.png;
