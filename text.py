@@ -134,7 +134,8 @@ def encode(tokenizer, texts):
     """One stream of token ids, int64 (n_token,), <|endoftext|> before, between and after the texts.
 
     Where a text itself spells <|endoftext|>, those characters are encoded, not the token.
-    Nothing masks the boundaries: in training and evaluation, attention looks across them at the text before.
+    Nothing masks the boundaries: in training and evaluation, attention looks across them at the text before. What a
+    mask would change was not measured.
     """
     stream, end = [], [np.array([tokenizer.eot_token])]
     with tqdm(desc="encoding", unit="char", unit_scale=True, **BAR) as bar:
@@ -156,9 +157,6 @@ def get_batch(tokens, block_size, seed, rows):
 
     Every epoch cuts the stream, tokens (n_token,) closed to a ring, into windows at another offset and visits each
     once. Only the seed and its number decide a window: a resumed run and another model read the same text.
-
-    Attention crosses the ends of documents, and of the ring; validation, too, reads one stream. Nothing masks what is
-    before an <|endoftext|>: the model learns what it is worth. What a mask would change was not measured.
     """
     n_window = len(tokens) // block_size
     starts = [epoch_order(n_window, block_size, seed, row // n_window)[row % n_window] for row in rows]
