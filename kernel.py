@@ -498,10 +498,10 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
         "fused"      forward all in one kernel, the paper's Algorithm 1; backward as "triton"
     return_lse: also return the joint log-sum-exp (B, n_head, T_q), float32 or wider, not differentiable.
 
-    Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable in all five tensors, once; the
-    reference, which every impl is in forward mode and within torch.func, more often. Only it exports to ONNX. Autocast
-    casts the inputs as for PyTorch's own attention. A backward in float32 knows each weight to 1.2e-7 times the largest
-    logit, so that logits beyond 1,000 cost gradients their precision.
+    Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable in all five tensors, once.
+    The reference can be differentiated again. It takes over in forward mode and within torch.func, and only it exports
+    to ONNX. Autocast casts the inputs as for PyTorch's own attention. In float32 a backward knows each weight to 1.2e-7
+    times the largest logit: gradients lose precision where logits exceed 1,000.
     A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0.
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal and for empty tensors;
     for a tensor as scale, which would get no gradient; for an `impl` that is unknown or cannot run here."""

@@ -159,13 +159,12 @@ class RecordingStream(DepthStream):
 
     def __init__(self, impl=None, layers=None, heads=None):
         super().__init__(impl)
-        self.layers, self.heads, self.maps = layers, heads, []
+        self.layers, self.heads, self.maps = layers, slice(None) if heads is None else heads, []
 
     def attend(self, layer, q, k, v):
         if self.layers is None or layer.layer in self.layers:
             depth_k = torch.stack(self.read(layer)[0]) if layer.reads else None
-            p = moda_attention_weights(q, k, depth_k)[0]
-            self.maps.append(p if self.heads is None else p[:, self.heads])
+            self.maps.append(moda_attention_weights(q, k, depth_k)[0][:, self.heads])
         return super().attend(layer, q, k, v)
 
 
@@ -362,18 +361,18 @@ class MoDA(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, stop=None):
-        """Continue idx (B, T) by sampled tokens -> (B, T + max_new_tokens), or until each row has sampled `stop`. A
-        list of prompts goes one by one, as padding would be read. temperature below 1e-5 takes the likeliest token,
-        top_k one of the k likeliest. A context that outgrows block_size is cut to its last block_size // 2 tokens, from
-        position 0 again. (A sliding cache would differ: later keys carry what was dropped.) ValueError if wrong."""
-        if not 0 <= temperature <= 1e3 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
-            raise ValueError("need temperature from 0 to 1000, max_new_tokens >= 0, and top_k >= 1 or None")
+        """Continue idx (B, T) by sampled tokens -> (B, T + max_new_tokens), less if every row has sampled `stop`. A
+        list of prompts gives a list: each is continued alone, as padding would be read. A temperature below 1e-5 takes
+        the likeliest token; top_k samples among the k likeliest. ValueError for arguments out of range."""
+        fits = isinstance(idx, (torch.Tensor, list)) and 0 <= temperature <= 1e3 and max_new_tokens >= 0
+        if not fits or (top_k is not None and top_k < 1):
+            raise ValueError("need ids as tensor or lists, temperature from 0 to 1000, max_new_tokens >= 0, top_k >= 1")
         if isinstance(idx, list):
             rows = [torch.as_tensor(x, device=self.cos.device)[None] for x in idx]  # (1, T) each
             return [self.generate(x, max_new_tokens, temperature, top_k, use_cache, stop)[0] for x in rows]
         context, cache = idx, None
         for n_new in range(1, max_new_tokens + 1):
-            if context.shape[-1] > self.config.block_size:
+            if context.shape[-1] > self.config.block_size:  # a sliding cache would differ: its keys saw what is dropped
                 context, cache = context[:, -max(1, self.config.block_size // 2) :], None
             cache = cache or (KVCache(self.config, len(idx)) if use_cache else None)
             logits, _ = self.head(self.hidden(context[..., cache.length :] if cache else context, cache=cache)[:, -1])
@@ -391,7 +390,8 @@ class MoDA(nn.Module):
         """Where `layers` look with `heads` (numbers; None: all), the paper's Figure 5: a list of (B, n_head, T, T +
         n_slot). Rows sum to 1: sequence, then slots as `config.slot_names(layer)`. ValueError for more than 8 GiB."""
         n_map = max(self.config.n_head, len(layers or self.blocks) * len(heads or range(self.config.n_head)))
-        if (size := idx.numel() * idx.shape[-1] * n_map * self.cos.element_size() / 2**30) > 8:
+        n = idx.numel() * idx.shape[-1] if isinstance(idx, torch.Tensor) else 0  # what is none, `hidden` refuses
+        if (size := n * n_map * self.cos.element_size() / 2**30) > 8:
             raise ValueError(f"the maps would take {size:.1f} GiB, more than 8: choose some layers or heads")
         self.hidden(idx, stream := RecordingStream(self.impl, layers, heads))
         return stream.maps

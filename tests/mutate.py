@@ -65,7 +65,7 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("moda.py:Block.forward", "attn.ffn_kv(h)", "attn.ffn_kv(x)"),
     ("moda.py:MoDA.generate", "self.config.block_size // 2) :], None", "self.config.block_size // 2) :], cache"),
     ("moda.py:MoDA.generate", "idx[:, -n_new:] == stop", "idx == stop"),
-    ("moda.py:RecordingStream.attend", "p[:, self.heads]", "p"),
+    ("moda.py:RecordingStream.attend", "[0][:, self.heads]", "[0]"),
     # the fast model: joined products, layers in parts
     ("fast.py:joined", "[layer.weight for layer in layers]", "[layer.weight for layer in layers[::-1]]"),
     ("fast.py:joined", "None if biases[0] is None else torch.cat(biases)", "None"),

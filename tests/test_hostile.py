@@ -512,8 +512,11 @@ def test_ids_that_cannot_be():
             with pytest.raises(ValueError, match=r"idx must be from 0 to below vocab_size \(23\)"):
                 use(torch.tensor(ids))
     for ids in ([[1, 2]], "text"):
-        with pytest.raises(ValueError, match="idx must be a tensor of integer token ids"):
-            model(ids)
+        for use in (model, model.attention_maps):
+            with pytest.raises(ValueError, match="idx must be a tensor of integer token ids"):
+                use(ids)
+    with pytest.raises(ValueError, match="need ids as tensor or lists"):
+        model.generate("text", 1)
 
 
 # -------------------------------------------------------------------------------------------------- 4. what was missing
