@@ -10,9 +10,11 @@ n_layer ** 2 of them, and that traffic decides the speed. With 48 layers of 384,
    buffers). Autograd adds it up reader by reader, through memory.
 3. Projections of the same input are one matrix product. What lies between two attentions can be compiled
    (`compile_layers`). A whole step can be recorded as CUDA graphs (`record`): kernels do not wait for Python.
+4. While generating, the pass of one token is recorded (`DecodingCache`).
 """
 
 import functools
+import gc
 
 import torch
 import torch.nn as nn
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernel
-from moda import Attention, Block, DepthStream, KVProjection, MoDA, SwiGLU
+from moda import Attention, Block, DepthStream, KVCache, KVProjection, MoDA, SwiGLU
 from slots import Attend, SlotBuffers, Write
 
 # ----------------------------------------------------------------------------------------------------- the model
@@ -45,7 +47,14 @@ class FastMoDA(MoDA):
         self.compiled = True
         return self
 
+    def new_cache(self, B):
+        """On a GPU one that decodes by a recorded pass, unless layers are not as made, which a record would miss."""
+        fast = self.cos.is_cuda and self.impl in (None, "triton") and self._is_unchanged()
+        return DecodingCache(self, B) if fast else super().new_cache(B)
+
     def layers(self, x, rope, stream=None, cache=None):
+        if isinstance(cache, DecodingCache) and cache.length and x.shape[1] == 1:
+            return cache.next_token(x)
         if stream is not None or torch.compiler.is_compiling():
             return super().layers(x, rope, stream, cache)
         Stream = FastDepthStream if self._can_be_fast(x) else PortableStream
@@ -188,6 +197,72 @@ class FastDepthStream(PortableStream):
         return o
 
 
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+class DecodingCache(KVCache):
+    """For generating on a GPU: from the fourth new token on, `TokenPass` is recorded and no kernel waits for Python.
+    `MoDA.hidden` runs the prompt as with any KVCache."""
+
+    def __init__(self, model, B):
+        super().__init__(model.config, B)
+        self.model, self.n_token = model, 0
+
+    def append(self, layer, k, v):
+        if self.k is None:
+            self.run = TokenPass(self.model, self.shape, k)
+            self.k, self.v = (x[..., self.run.n_slot :, :] for x in (self.run.keys, self.run.values))
+        return super().append(layer, k, v)
+
+    def next_token(self, x):
+        """x (B, 1, n_embd), a token at position `length` -> the same shape, through all layers."""
+        position, self.n_token = torch.full((1,), self.length, device=x.device), self.n_token + 1
+        if self.n_token == 4 and x.is_cuda:  # by then PyTorch has prepared whatever it prepares at first use
+            self.run = record(self.run, x, position, warmup=0)
+        return self.run(x, position)
+
+
+class TokenPass:
+    """All layers for one new token, with tensors of one size and address, and so fit to be recorded.
+
+    A layer's keys lie in one buffer, [slots | sequence], and so do its values. Attention is then PyTorch's, over the
+    whole buffer, with a mask on slots that the layer does not read and on positions to come. This is the stream, too.
+    """
+
+    def __init__(self, model, shape, like):
+        """shape: of KVCache. like: a key, for its dtype and device."""
+        n_layer, B, n_kv_head, block_size, head_dim = shape
+        self.model, self.n_slot = model, (n_layer - 1) * len(model.config.slot_kinds)
+        n_key = -(-(self.n_slot + block_size) // 16) * 16  # so that each layer's part of the mask starts aligned
+        self.keys, self.values = like.new_zeros(2, n_layer, B, n_kv_head, n_key, head_dim)
+        self.position_of = torch.arange(n_key, device=like.device) - self.n_slot  # of each key; below 0: a slot
+        hidden = self.position_of.repeat(n_layer, 1) < 0  # (n_layer, n_key)
+        for layer in range(n_layer):
+            hidden[layer, model.config.slots_read(layer)] = False
+        self.mask = torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, float("-inf"))
+
+    def __call__(self, x, position):
+        """x (B, 1, n_embd), position (1,) -> the same shape."""
+        self.place = position + self.n_slot
+        self.seen = self.mask.masked_fill(self.position_of > position, float("-inf"))
+        rope = [table.index_select(0, position) for table in (self.model.cos, self.model.sin)]
+        return MoDA.layers(self.model, x, rope, self)
+
+    def write(self, layer, kind, kv):
+        if kv is not None:
+            number = layer.first_slot + layer.config.slot_kinds.index(kind)
+            for buffer, new in zip((self.keys, self.values), kv, strict=True):
+                buffer[layer.layer + 1 :, :, :, number] = new[:, :, 0]
+
+    def attend(self, layer, q, k, v):
+        keys, values = self.keys[layer.layer], self.values[layer.layer]  # (B, n_kv_head, n_key, head_dim)
+        keys.index_copy_(2, self.place, k)
+        values.index_copy_(2, self.place, v)
+        group = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, n_kv_head, group, head_dim): as if it were positions
+        mask = self.seen[layer.layer].expand(*group.shape[:3], -1)
+        return F.scaled_dot_product_attention(group, keys, values, mask).reshape(q.shape)
+
+
 # --------------------------------------------------------------------------------------- CUDA graphs, and an optimizer
 
 
@@ -206,9 +281,14 @@ def record(step, *inputs, warmup=3):
         for _ in range(warmup):
             step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step(*inputs)
+    graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()  # an old graph that was collected in the middle would break this one
+    try:
+        with torch.cuda.graph(graph):
+            result = step(*inputs)
+    finally:
+        if was_enabled:
+            gc.enable()
 
     def replay(*new):
         for x, y in zip(inputs, new, strict=True):

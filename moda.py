@@ -359,6 +359,9 @@ class MoDA(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1)
 
+    def new_cache(self, B):  # fast.py has another
+        return KVCache(self.config, B)
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, stop=None):
         """Continue idx (B, T) by sampled tokens -> (B, T + max_new_tokens), less if every row has sampled `stop`. A
@@ -370,11 +373,12 @@ class MoDA(nn.Module):
         if isinstance(idx, list):
             rows = [torch.as_tensor(x, device=self.cos.device)[None] for x in idx]  # (1, T) each
             return [self.generate(x, max_new_tokens, temperature, top_k, use_cache, stop)[0] for x in rows]
-        context, cache = idx, None
+        context, cache = idx, self.new_cache(len(idx)) if use_cache else None
         for n_new in range(1, max_new_tokens + 1):
             if context.shape[-1] > self.config.block_size:  # a sliding cache would differ: its keys saw what is dropped
-                context, cache = context[:, -max(1, self.config.block_size // 2) :], None
-            cache = cache or (KVCache(self.config, len(idx)) if use_cache else None)
+                context = context[:, -max(1, self.config.block_size // 2) :]
+                if cache:
+                    cache.length = 0
             logits, _ = self.head(self.hidden(context[..., cache.length :] if cache else context, cache=cache)[:, -1])
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = float("-inf")

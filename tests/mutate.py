@@ -63,9 +63,14 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("moda.py:Attention.heads", "self.q_norm(q.to(self.wq.weight.dtype))", "self.q_norm(q)"),
     ("moda.py:Attention.heads", "if not self.writes:", "if False:"),
     ("moda.py:Block.forward", "attn.ffn_kv(h)", "attn.ffn_kv(x)"),
-    ("moda.py:MoDA.generate", "self.config.block_size // 2) :], None", "self.config.block_size // 2) :], cache"),
+    ("moda.py:MoDA.generate", "cache.length = 0", "pass"),
     ("moda.py:MoDA.generate", "idx[:, -n_new:] == stop", "idx == stop"),
     ("moda.py:RecordingStream.attend", "[0][:, self.heads]", "[0]"),
+    # decoding with slots and sequence in one buffer
+    ("fast.py:TokenPass.__init__", "model.config.slots_read(layer)] = False", "model.config.slots_read(n_layer - 1)] = False"),
+    ("fast.py:TokenPass.__call__", "self.position_of > position", "self.position_of >= position"),
+    ("fast.py:TokenPass.__call__", "position + self.n_slot", "position"),
+    ("fast.py:TokenPass.write", "layer.layer + 1", "layer.layer + 2"),
     # the fast model: joined products, layers in parts
     ("fast.py:joined", "[layer.weight for layer in layers]", "[layer.weight for layer in layers[::-1]]"),
     ("fast.py:joined", "None if biases[0] is None else torch.cat(biases)", "None"),

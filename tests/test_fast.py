@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import moda
 import slots
 from experiments.common import train_step
-from fast import FastMoDA, PortableStream, record
+from fast import DecodingCache, FastMoDA, PortableStream, record
 from moda import MoDA, MoDAConfig
 
 DEEP = {
@@ -167,15 +167,78 @@ def test_fast_stream_under_autograd(variant, device, small_blocks):
         torch.testing.assert_close(model(idx)[0].double(), exact(idx)[0], rtol=1e-4, atol=1e-4)
 
 
+# On a CPU `new_cache` gives moda.py's, as nothing waits for Python there. So these ask for the cache themselves.
+
+
+@on_each_device
+@pytest.mark.parametrize("variant", [*ROWS.values(), *FAST_VARIANTS[-10:], {"n_layer": 1}], ids=name_of)
+@pytest.mark.parametrize("chunks", [[3, *[1] * 13], [1] * 16, [2, 1, 1, 4, *[1] * 8]], ids=str)
+def test_decoding_equals_one_pass(chunks, variant, device):
+    """With slots and sequence in one buffer, a few tokens at once or one by one, of which later ones are recorded."""
+    torch.manual_seed(0)
+    model = FastMoDA(replace(SMALL, **variant)).to(device, torch.float64)
+    idx, cache = tokens(T=16).to(device), DecodingCache(model, 2)
+    with torch.no_grad():
+        want = model(idx)[0]
+        got = [model.head(model.hidden(chunk, cache=cache))[0] for chunk in idx.split(chunks, dim=1)]
+    assert (torch.cat(got, dim=1) - want).abs().max() < 1e-10
+    assert cache.length == 16 and cache.n_token == sum(n == 1 for n in chunks[1:])
+
+
 @on_each_device
 @pytest.mark.parametrize("variant", [{}, {"depth_every": 2}, {"depth_window": 2, "depth_first": 1}], ids=name_of)
-def test_generation(variant, device):
-    """With the sequence's cache, token by token."""
-    model, exact, idx, _ = fast_and_exact(device, **DEEP | variant)
+def test_generation(variant, device, monkeypatch):
+    """The samples of moda.py, also beyond block_size."""
+    model, exact, idx, _ = fast_and_exact(device, **DEEP | variant, block_size=8)
     for p, q in zip(model.parameters(), exact.parameters(), strict=True):
         p.data *= 3  # so that no two logits are nearly equal
         q.data *= 3
-    assert torch.equal(model.generate(idx, 6, temperature=0), exact.generate(idx, 6, temperature=0))
+    if device == "cpu":
+        monkeypatch.setattr(FastMoDA, "new_cache", lambda model, B: DecodingCache(model, B))
+    assert isinstance(model.new_cache(2), DecodingCache)
+    for options in ({"temperature": 0}, {"temperature": 0.8, "top_k": 5}):
+        samples = []
+        for m in (model, exact, model):
+            torch.manual_seed(0)
+            samples.append(m.generate(idx[:, :5], 12, **options))
+        assert torch.equal(samples[0], samples[1]) and torch.equal(samples[1], samples[2])
+
+
+@pytest.mark.gpu
+def test_generation_as_the_model_is_now():
+    """A record holds the weights' addresses, and no hooks."""
+    model, _, idx, _ = fast_and_exact("cuda", **DEEP)
+    first = model.generate(idx[:, :3], 10, temperature=0)
+    for change in (lambda: model.embed.weight.data.mul_(-1), model.half, model.float):
+        change()
+        assert torch.equal(
+            model.generate(idx[:, :3], 10, temperature=0),
+            MoDA.generate(model, idx[:, :3], 10, temperature=0, use_cache=False),
+        )
+    assert not torch.equal(model.generate(idx[:, :3], 10, temperature=0), first)
+    seen = []
+    model.blocks[1].register_forward_hook(lambda *args: seen.append(1))
+    model.generate(idx[:, :3], 10)
+    assert len(seen) == 10 and not isinstance(model.new_cache(2), DecodingCache)
+
+
+@pytest.mark.gpu
+def test_garbage_while_recording():
+    """Old graphs in reference cycles are not collected in the middle of a new recording, which that would break."""
+    model, _, idx, _ = fast_and_exact("cuda")
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20, 2, 2)
+    try:
+        for _ in range(30):
+            cache = DecodingCache(model, 2)
+            with torch.no_grad():
+                model.hidden(idx[:, :2], cache=cache)
+                for t in range(2, 8):
+                    model.hidden(idx[:, t : t + 1], cache=cache)
+            cache.itself = cache
+    finally:
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
 
 
 @on_each_device
