@@ -1,5 +1,6 @@
 """notebooks/explore.html: its numbers are the shipped model's, and in a browser every control does what it says."""
 
+import json
 import re
 import shutil
 
@@ -466,6 +467,9 @@ def test_a_finger_cuts(browser):
     start, end = [(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) for box in boxes]
     touch(page, start, tuple(np.mean([start, end], axis=0)), end)
     assert page.inner_text("#plug-says") == "Layers 7 to 9 cannot read the slots of layers 3 to 5."
+    page.locator("#where-slots").scroll_into_view_if_needed()
+    page.locator("[data-tip^='ffn 3 ']").tap()
+    assert page.inner_text("#tip").startswith("ffn 3") and page.inner_text("#tip").endswith("%")
     assert fits(page) and not page.wrong
     page.close()
 
@@ -485,6 +489,8 @@ def test_each_section_has_two_sentences_above_and_one_below(browser):
         text = page.inner_text(f"#{section} > p:not(.under)"), page.inner_text(f"#{section} > p.under")
         assert [len(re.findall(r"[.!?](?=\s|$)", x)) for x in text] == [2, 1], section
         assert len(page.query_selector_all(f"#{section} > figure .key")) >= 1, f"{section} has no legend"
+    asked = ["What it is", "What a slot holds", "What it costs", "What it brings", "What a trained model does"]
+    assert page.locator("footer dt").all_inner_texts() == asked
     strip = page.inner_text("#why-strip").split("\n")
     assert "attn 0" in strip[0] and "attn 0 is blank here" in page.inner_text("#why")
     page.close()
@@ -542,6 +548,31 @@ def test_strange_tokens(browser, run, tmp_path, monkeypatch, width):
     page.evaluate("[...document.querySelectorAll('#where-text > span')].at(-1).click()")
     assert f"token {T - 1} " in page.inner_text("#where-says")
     assert fits(page) and not page.wrong
+    page.close()
+
+
+@pytest.mark.parametrize("width", [420, 1440])
+def test_strange_tokens_fit_the_other_pictures(browser, tmp_path, width):
+    strange = ["#" * 64, "</script>", "\n\n\n", "\ufffd", "漢字", "\t", " " * 40, "<b>"]
+    data = json.loads(json.dumps({name: DATA[name] for name in ("how", "where", "plug")}))
+    data["plug"]["tokens"] = [strange[i % len(strange)] for i in range(len(data["plug"]["tokens"]))]
+    data["plug"]["guesses"] = [[strange[i % len(strange)] for i in range(len(x))] for x in data["plug"]["guesses"]]
+    data["how"]["names"][: len(strange)] = strange
+    path = tmp_path / "strange.html"
+    path.write_text(explore.html("how", "where", "plug", data=data), encoding="utf-8")
+    page = opened(browser, path, width)
+    page.wait_for_selector("#plug-triangle .cut")
+    for t in range(len(strange)):
+        page.evaluate(f"document.querySelectorAll('#plug .text > span')[{t}].click()")
+        assert fits(page)
+        right = page.eval_on_selector_all(
+            "#plug-token, #plug-token *", "all => all.map(e => e.getBoundingClientRect().right)"
+        )
+        assert max(right) == right[0], "no token is wider than the panel"
+    for _ in strange:
+        page.click("#how-on")
+        assert fits(page)
+    assert not page.query_selector_all("section b b") and not page.wrong
     page.close()
 
 

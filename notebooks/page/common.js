@@ -108,7 +108,6 @@ async function unpack(text, Type) {
 
 // Whatever has data-tip shows it to a mouse above it, or to a finger that touches it.
 for (const type of ["pointermove", "pointerdown"]) document.addEventListener(type, event => {
-  if (type === "pointermove" && event.pointerType !== "mouse") return;
   const tip = $("#tip"), target = event.target.closest("[data-tip]");
   tip.hidden = !target;
   if (!target) return;
