@@ -370,6 +370,28 @@ def test_a_query_lights_its_row_and_its_column(browser):
     page.close()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_one_meaning_a_colour(browser, scheme):
+    page = opened(browser, color_scheme=scheme)
+    page.wait_for_selector("#plug-triangle .cut")
+    page.locator("[aria-label='query sat, layer 2']").hover()
+
+    def colours(*where):
+        get = "all => all.map(e => getComputedStyle(e).backgroundColor)"
+        return {colour for x in where for colour in page.eval_on_selector_all(x, get)}
+
+    kinds = [
+        colours(f"#what-grid .read:nth-child({i})", f"#what-bars div:has(> .{kind}) .bar", f".key .{kind} i",
+                f"#how-logits div:has(> .{kind}) .bar", f"#where-share i:nth-child({i})")
+        for i, kind in enumerate(("seq", "attn", "ffn"), 1)
+    ]  # fmt: skip
+    kinds += [colours(".key .worse i", "#plug-costs i.worse"), colours(".key .better i")]
+    assert [len(kind) for kind in kinds] == [1] * 5 and len(set.union(*kinds)) == 5
+    others = colours("#how-output *", "#plug-triangle .cut", "#plug-token *", "button", "#where-predicts i")
+    assert not others & set.union(*kinds)
+    page.close()
+
+
 def test_one_budget(browser):
     page = opened(browser)
     page.locator("[aria-label='query sat, layer 2']").click()
