@@ -84,6 +84,9 @@ def test_page_is_small_and_self_contained():
     )
     assert not re.search(r"__[A-Z]+__", code), "a placeholder is left"
     assert "<noscript>" in code and "Trust HTML" in code
+    assert code.index('id="tip"') < code.index("<script"), (
+        "a reload scrolls, and asks for the tip, before the end is read"
+    )
 
 
 def test_page_is_made_of_the_committed_sources():
@@ -249,6 +252,7 @@ def test_a_link_opens_its_state(browser):
     assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
     page.goto(explore.PAGE.as_uri() + "#layer=99&head=4&token=12")  # no such layer: stays
     assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
+    assert not page.wrong
     page.close()
 
 
