@@ -249,11 +249,14 @@ def embed(section):
     from IPython.display import HTML
 
     page = html(section, data=embedded_data(PAGE.read_text(encoding="utf-8")))
+    # What a viewer without frames and scripts shows, as an untrusted JupyterLab or GitHub; the frame takes it away.
+    instead = "<p>A picture to play with belongs here. Run this cell to see it, or open notebooks/explore.html.</p>"
     # as high as what it shows, also when the window gets narrower
     grow = "new ResizeObserver(() => this.style.height = this.contentDocument.body.offsetHeight + 'px')"
+    load = f"this.previousSibling?.remove(); {grow}.observe(this.contentDocument.body)"
     style = "width: 100%; height: 900px; border: 0"
-    start = f'<iframe title="{section}" style="{style}" onload="{grow}.observe(this.contentDocument.body)"'
-    return HTML(f'<div>{start} srcdoc="{escape(page)}"></iframe></div>')
+    start = f'<iframe title="{section}" style="{style}" onload="{load}"'
+    return HTML(f'<div>{instead}{start} srcdoc="{escape(page)}"></iframe></div>')
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """notebooks/explore.html: its numbers are the shipped model's, and in a browser every control does what it says."""
 
+import json
 import re
 import shutil
 
@@ -83,6 +84,9 @@ def test_page_is_small_and_self_contained():
     )
     assert not re.search(r"__[A-Z]+__", code), "a placeholder is left"
     assert "<noscript>" in code and "Trust HTML" in code
+    assert code.index('id="tip"') < code.index("<script"), (
+        "a reload scrolls, and asks for the tip, before the end is read"
+    )
 
 
 def test_page_is_made_of_the_committed_sources():
@@ -218,12 +222,22 @@ def test_keyboard_reaches_everything(browser):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.closest('[id]')?.id"))
     assert reached >= {
-        *("why-layers", "why-sharp", "why-strip", "what-grid", "what-modes", "what-bars", "what-play", "what-moment"),
-        *("how-back", "how-on", "how-flash", "how-keys", "where-findings", "where-map", "where-text", "where-link"),
+        *("why-layers", "why-sharp", "why-strip", "what-grid", "what-modes", "what-bars", "what-play", "what-step"),
+        *(
+            "how-back",
+            "how-on",
+            "how-flash",
+            "how-keys",
+            "how-logits",
+            "where-findings",
+            "where-map",
+            "where-text",
+            "where-link",
+        ),
         *("plug-triangle", "plug-presets", "plug"),
     }
     before = page.inner_text("#where-says")
-    page.focus("h1 + p + nav a")
+    page.focus("nav a")
     page.keyboard.press("ArrowRight")  # no arrow is taken where nothing asks for it
     assert page.inner_text("#where-says") == before
     page.focus("#where-text [aria-checked=true]")
@@ -238,6 +252,7 @@ def test_a_link_opens_its_state(browser):
     assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
     page.goto(explore.PAGE.as_uri() + "#layer=99&head=4&token=12")  # no such layer: stays
     assert "Layer 7, mean of heads, token 12" in page.inner_text("#where-says")
+    assert not page.wrong
     page.close()
 
 
@@ -256,6 +271,254 @@ def test_flash_attention_and_one_by_one_agree(browser):
     answer = p / p.sum() @ np.array(DATA["how"]["v"])
     shown = np.array([float(x.rstrip("%")) for x in states[0]])
     np.testing.assert_allclose(shown / shown.max(), np.abs(answer) / np.abs(answer).max(), atol=1e-4)
+    page.close()
+
+
+def drag(page, bar, up):
+    """Grabs a bar, and drags it up by so many pixels."""
+    bar.scroll_into_view_if_needed()
+    box = bar.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - up / 2)
+    page.mouse.move(x, y - up)
+    page.mouse.up()
+
+
+def touch(page, start, *path):
+    """A finger goes along points of the window."""
+    session = page.context.new_cdp_session(page)
+    for kind, points in (("touchStart", [start]), *(("touchMove", [point]) for point in path), ("touchEnd", [])):
+        touches = [{"x": x, "y": y} for x, y in points]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+
+
+def test_a_logit_can_be_dragged_and_the_state_follows(browser):
+    how = DATA["how"]
+    z, v, names = list(how["z"]), np.array(how["v"]), how["names"]
+    page = opened(browser, has_touch=True)
+    bars = page.locator("#how-logits [role=slider]")
+    assert bars.count() == len(z) and page.is_disabled("#how-reset")
+
+    def heights(which):
+        get = "all => all.map(e => parseFloat(e.style.height))"
+        return np.array(page.eval_on_selector_all(f"#how-output {which}", get))
+
+    def agrees():  # all keys are read
+        e = np.exp(np.array(z) - max(z))
+        shown = re.findall(r"[-\d.]+$", page.inner_text("#how-state").replace("−", "-"), re.MULTILINE)
+        np.testing.assert_allclose([float(x) for x in shown], [max(z), e.sum()], atol=0.01)
+        answer, outlined = np.abs(e @ v), heights("b")
+        np.testing.assert_allclose(outlined / outlined.max(), answer / answer.max(), atol=5e-3)
+        np.testing.assert_allclose(heights("i"), outlined, atol=1e-3)
+        assert float(re.search(r"differ by (\S+),", page.inner_text("#how-says"))[1]) < 1e-12
+
+    def now(i):
+        return float(bars.nth(i).get_attribute("aria-valuenow"))
+
+    slot = names.index("attn 4")
+    page.focus("#how-keys")
+    page.keyboard.press("End")
+    agrees()
+    drag(page, bars.nth(slot), 40)
+    assert now(slot) > z[slot] + 0.5
+    z[slot] = now(slot)
+    agrees()
+    assert "your logits" in page.inner_text("#how-says")
+    bars.nth(2).focus()  # keyboard
+    for _ in range(3):
+        page.keyboard.press("ArrowUp")
+    assert now(2) == pytest.approx(z[2] + 0.75, abs=0.01)
+    z[2] = now(2)
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.ariaLabel") == f"logit of {names[3]}"
+    agrees()
+    box = bars.nth(5).bounding_box()  # a finger
+    x, y = box["x"] + box["width"] / 2, box["y"] + 60
+    touch(page, (x, y), (x, y - 20), (x, y - 50))
+    assert now(5) > z[5] + 1.2
+    z[5] = now(5)
+    page.click("#how-flash")  # from FlashAttention's state, too
+    while page.is_enabled("#how-on"):
+        page.click("#how-on")
+    agrees()
+    page.click("#how-reset")
+    assert page.is_disabled("#how-reset") and now(5) == pytest.approx(how["z"][5], abs=0.006)
+    page.focus("#how-keys")
+    page.keyboard.press("End")
+    z = list(how["z"])
+    agrees()
+    assert not page.wrong
+    page.close()
+
+
+SQUARES = "all => all.map(cell => [...cell.children].map(square => square.className))"
+
+
+def squares(page):
+    """Of every layer and token the squares: its key in the sequence, attention's slot, the FFN's slot."""
+    rows = page.eval_on_selector_all("#what-grid button", SQUARES)
+    n = page.locator("#what-grid > span:not(.layer)").count() - 1
+    return {(len(rows) // n - 1 - i // n, i % n): row for i, row in enumerate(rows)}
+
+
+def test_a_query_lights_its_row_and_its_column(browser):
+    page = opened(browser)
+    page.locator("[aria-label='query sat, layer 2']").hover()
+    for (layer, t), (seq, attn, ffn) in squares(page).items():
+        assert (seq == "read") == (layer == 2 and t <= 2)
+        assert (attn == "read") == (ffn == "read") == (t == 2 and layer < 2)
+    colours = page.eval_on_selector_all("#what-grid .read", "all => all.map(e => getComputedStyle(e).backgroundColor)")
+    assert len(set(colours)) == 3, "tokens, attention slots, FFN slots"
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_one_meaning_a_colour(browser, scheme):
+    page = opened(browser, color_scheme=scheme)
+    page.wait_for_selector("#plug-triangle .cut")
+    page.locator("[aria-label='query sat, layer 2']").hover()
+
+    def colours(*where):
+        get = "all => all.map(e => getComputedStyle(e).backgroundColor)"
+        return {colour for x in where for colour in page.eval_on_selector_all(x, get)}
+
+    kinds = [
+        colours(f"#what-grid .read:nth-child({i})", f"#what-bars div:has(> .{kind}) .bar", f".key .{kind} i",
+                f"#how-logits div:has(> .{kind}) .bar", f"#where-share i:nth-child({i})")
+        for i, kind in enumerate(("seq", "attn", "ffn"), 1)
+    ]  # fmt: skip
+    kinds += [colours(".key .worse i", "#plug-costs i.worse"), colours(".key .better i")]
+    assert [len(kind) for kind in kinds] == [1] * 5 and len(set.union(*kinds)) == 5
+    others = colours("#how-output *", "#plug-triangle .cut", "#plug-token *", "button", "#where-predicts i")
+    assert not others & set.union(*kinds)
+    page.close()
+
+
+def test_one_budget(browser):
+    page = opened(browser)
+    page.locator("[aria-label='query sat, layer 2']").click()
+    bars = page.locator("#what-bars [role=slider]")
+
+    def weights():
+        texts = page.eval_on_selector_all("#what-bars [role=slider]", "all => all.map(e => e.ariaValueText)")
+        return np.array([float(re.search(r"weight (\S+)%", text)[1]) for text in texts])
+
+    def ticks():
+        get = "all => all.map(e => [parseFloat(e.style.bottom), parseFloat(e.previousSibling.style.height)])"
+        return np.array(page.eval_on_selector_all("#what-bars .tick", get))
+
+    n_seq, n = 3, 3 + 4
+    before = weights()
+    assert len(before) == n
+    drag(page, bars.nth(4), 35)
+    after = weights()
+    others = np.arange(n) != 4
+    assert after[4] > before[4] + 5 and (after[others] < before[others]).all()
+    tick, height = ticks().T
+    np.testing.assert_allclose(tick / height * after, 100 / n, atol=1)  # at a weight of 1 / n
+    page.click("text=two softmaxes")
+    before = weights()
+    assert before[:n_seq].sum() == pytest.approx(50, abs=2)
+    drag(page, bars.nth(0), 35)
+    after = weights()
+    assert after[0] > before[0] and (after[1:n_seq] < before[1:n_seq]).all()
+    np.testing.assert_array_equal(after[n_seq:], before[n_seq:])
+    page.click("text=no depth")
+    assert len(weights()) == n_seq and "0.0% depth" in page.inner_text("#what-budget")
+    assert all(slots == ["none", "none"] for _, *slots in squares(page).values())
+    page.close()
+
+
+def test_play_shows_slots_come_and_go(browser):
+    page = opened(browser)
+    step = page.locator("#what-step")
+    step.press("Home")
+    n_layer = 5
+    for number in range(2 * n_layer * 2):  # of two tokens
+        t, layer, ffn = number // (2 * n_layer), number % (2 * n_layer) // 2, number % 2
+        grid, said = squares(page), page.inner_text("#what-says")
+        kept = sum(row[0] in ("there", "read") for row in grid.values())
+        alive = [place for place, row in grid.items() if row[1] in ("there", "read")]
+        over = ffn and layer == n_layer - 1
+        assert kept == t * n_layer + layer + 1 and f"KV cache: {kept} key" in said
+        assert sorted(alive) == ([] if over else [(x, t) for x in range(layer + ffn)])
+        assert f"Slots alive: {2 * len(alive)}" in said
+        step.press("ArrowRight")
+    step.press("Home")
+    page.click("#what-play")
+    page.wait_for_function("document.querySelector('#what-step').value >= 3")
+    page.click("#what-play")
+    at = step.input_value()
+    page.wait_for_timeout(500)
+    assert step.input_value() == at
+    page.close()
+
+
+def test_a_gain_lies_on_the_other_side(browser):
+    page = opened(browser)
+    page.wait_for_selector("#plug-triangle .cut")
+
+    def bars():
+        return page.eval_on_selector_all(
+            "#plug-costs div",
+            """all => all.map(parent => {
+            const [bar, box] = [parent.firstChild, parent].map(e => e.getBoundingClientRect());
+            const zero = box.left + parseFloat(getComputedStyle(parent, "::before").left);
+            return [parent.firstChild.className, bar.right <= zero + 1, bar.left >= zero - 1,
+                    getComputedStyle(parent.firstChild).backgroundColor, bar.width];
+        })""",
+        )
+
+    page.click("#plug-presets button >> text=cut all")
+    worse = bars()
+    assert [x[:3] for x in worse] == [["worse", False, True]] * 2
+    page.locator("[data-tip^='layer 15 without the slots of layer 14:']").click()
+    better = bars()
+    assert "−0.03" in page.inner_text("#plug-costs")
+    assert [x[:3] for x in better] == [["better", True, False]] * 2 and all(x[4] >= 3 for x in better)
+    assert worse[0][3] != better[0][3]
+    page.click("#plug-presets button >> text=cut nothing")
+    assert all(x[4] == 0 for x in bars())
+    page.close()
+
+
+def test_a_finger_cuts(browser):
+    page = opened(browser, width=420, has_touch=True)
+    page.wait_for_selector("#plug-triangle .cut")
+    page.locator("#plug-triangle").scroll_into_view_if_needed()
+    boxes = [page.locator(f"[data-tip^='layer {r} without the slots of layer {s}:']").bounding_box()
+             for r, s in ((9, 3), (7, 5))]  # fmt: skip
+    start, end = [(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) for box in boxes]
+    touch(page, start, tuple(np.mean([start, end], axis=0)), end)
+    assert page.inner_text("#plug-says") == "Layers 7 to 9 cannot read the slots of layers 3 to 5."
+    page.locator("#where-slots").scroll_into_view_if_needed()
+    page.locator("[data-tip^='ffn 3 ']").tap()
+    assert page.inner_text("#tip").startswith("ffn 3") and page.inner_text("#tip").endswith("%")
+    assert fits(page) and not page.wrong
+    page.close()
+
+
+def test_pointing_at_a_token_tells_what_the_cut_did(browser):
+    page = opened(browser)
+    page.wait_for_selector("#plug-triangle .cut")
+    page.locator("#plug .text").first.locator("> span").nth(18).hover()
+    assert "It is ·path." in page.inner_text("#plug-token")
+    assert len(page.query_selector_all("#plug-token tr")) == 3  # uncut, removed, emptied
+    page.close()
+
+
+def test_each_section_has_two_sentences_above_and_one_below(browser):
+    page = opened(browser)
+    for section in explore.SECTIONS:
+        text = page.inner_text(f"#{section} > p:not(.under)"), page.inner_text(f"#{section} > p.under")
+        assert [len(re.findall(r"[.!?](?=\s|$)", x)) for x in text] == [2, 1], section
+        assert len(page.query_selector_all(f"#{section} > figure .key")) >= 1, f"{section} has no legend"
+    asked = ["What it is", "What a slot holds", "What it costs", "What it brings", "What a trained model does"]
+    assert page.locator("footer dt").all_inner_texts() == asked
+    strip = page.inner_text("#why-strip").split("\n")
+    assert "attn 0" in strip[0] and "attn 0 is blank here" in page.inner_text("#why")
     page.close()
 
 
@@ -314,6 +577,31 @@ def test_strange_tokens(browser, run, tmp_path, monkeypatch, width):
     page.close()
 
 
+@pytest.mark.parametrize("width", [420, 1440])
+def test_strange_tokens_fit_the_other_pictures(browser, tmp_path, width):
+    strange = ["#" * 64, "</script>", "\n\n\n", "\ufffd", "漢字", "\t", " " * 40, "<b>"]
+    data = json.loads(json.dumps({name: DATA[name] for name in ("how", "where", "plug")}))
+    data["plug"]["tokens"] = [strange[i % len(strange)] for i in range(len(data["plug"]["tokens"]))]
+    data["plug"]["guesses"] = [[strange[i % len(strange)] for i in range(len(x))] for x in data["plug"]["guesses"]]
+    data["how"]["names"][: len(strange)] = strange
+    path = tmp_path / "strange.html"
+    path.write_text(explore.html("how", "where", "plug", data=data), encoding="utf-8")
+    page = opened(browser, path, width)
+    page.wait_for_selector("#plug-triangle .cut")
+    for t in range(len(strange)):
+        page.evaluate(f"document.querySelectorAll('#plug .text > span')[{t}].click()")
+        assert fits(page)
+        right = page.eval_on_selector_all(
+            "#plug-token, #plug-token *", "all => all.map(e => e.getBoundingClientRect().right)"
+        )
+        assert max(right) == right[0], "no token is wider than the panel"
+    for _ in strange:
+        page.click("#how-on")
+        assert fits(page)
+    assert not page.query_selector_all("section b b") and not page.wrong
+    page.close()
+
+
 def test_notebooks_embed_a_section_at_its_height(browser, tmp_path):
     path = tmp_path / "notebook.html"
     path.write_text(f"<meta charset=utf-8><body>{explore.embed('where').data}", encoding="utf-8")
@@ -327,6 +615,7 @@ def test_notebooks_embed_a_section_at_its_height(browser, tmp_path):
         page.wait_for_function("document.querySelector('iframe').offsetHeight === "
                                "document.querySelector('iframe').contentDocument.body.offsetHeight")  # fmt: skip
         assert fits(frame) and frame.evaluate("document.body.offsetHeight") > 800
+    assert page.inner_text("body") == ""  # beside the frame
     frame.click("#where-findings button >> nth=1")  # no address to change here, and no error
     assert "Layer 7" in frame.inner_text("#where-says")
     page.close()
@@ -338,3 +627,11 @@ def test_without_scripts_it_says_what_to_do(browser):
     page.goto(explore.PAGE.as_uri())
     assert "Trust HTML" in page.inner_text("main")
     context.close()
+
+
+def test_an_untrusted_notebook_says_what_to_do(browser):
+    """JupyterLab takes frames and handlers out of what it does not trust."""
+    page = browser.new_page()
+    page.set_content(re.sub(r"<iframe.*</iframe>", "", explore.embed("how").data, flags=re.DOTALL))
+    assert "Run this cell" in page.inner_text("body")
+    page.close()

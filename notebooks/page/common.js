@@ -58,6 +58,34 @@ function choice(buttons, label, pick, columns = 1) {
   return choose;
 }
 
+// Bars that one can drag: each sets a number. Tab reaches one of them; arrows up and down, while it has the focus, change
+// the number, left and right go to its neighbours.
+function grabbable(bars, { get, set, low, high, pixels, begin = () => {} }) {
+  bars.forEach((bar, i) => {
+    const to = x => set(i, clamp(x, low, high));
+    let start;  // where it was grabbed, and what the number was
+    bar.classList.add("grab");
+    bar.setAttribute("role", "slider");
+    bar.tabIndex = i ? -1 : 0;
+    Object.assign(bar, { ariaOrientation: "vertical", ariaValueMin: low, ariaValueMax: high });
+    bar.addEventListener("focus", () => bars.forEach(other => other.tabIndex = other === bar ? 0 : -1));
+    bar.addEventListener("keydown", event => {
+      const by = { ArrowUp: 0.25, ArrowDown: -0.25 }[event.key], step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!by && !step) return;
+      event.preventDefault();
+      if (by) begin(), to(get(i) + by);
+      else bars[i + step]?.focus();
+    });
+    bar.addEventListener("pointerdown", event => {
+      begin();
+      bar.setPointerCapture(event.pointerId);
+      start = { y: event.clientY, x: get(i) };
+    });
+    bar.addEventListener("pointermove", event =>
+      start && bar.hasPointerCapture(event.pointerId) && to(start.x + (start.y - event.clientY) / pixels()));
+  });
+}
+
 // A text as tokens to choose from; spans, as no line can break inside a <button>. -> their elements, and `choose`
 function tokenText(parent, tokens, label, pick) {
   const spans = tokens.map(text => {
@@ -78,12 +106,13 @@ async function unpack(text, Type) {
   return new Type(await new Response(stream).arrayBuffer());
 }
 
-// Whatever has data-tip shows it to a mouse.
-document.addEventListener("pointermove", event => {
-  const tip = $("#tip"), target = event.pointerType === "mouse" && event.target.closest("[data-tip]");
+// Whatever has data-tip shows it to a mouse above it, or to a finger that touches it.
+for (const type of ["pointermove", "pointerdown"]) document.addEventListener(type, event => {
+  const tip = $("#tip"), target = event.target.closest("[data-tip]");
   tip.hidden = !target;
   if (!target) return;
   tip.textContent = target.dataset.tip;
   tip.style.left = clamp(event.clientX + 14, 4, innerWidth - tip.offsetWidth - 4) + "px";
   tip.style.top = Math.max(4, event.clientY - tip.offsetHeight - 12) + "px";
 });
+addEventListener("scroll", () => $("#tip").hidden = true);
