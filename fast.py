@@ -19,6 +19,7 @@ import gc
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim._muon import _adjust_lr as adjust_lr
 from torch.utils.checkpoint import checkpoint
 
 import kernel
@@ -332,15 +333,35 @@ def record_training(differentiate, optimizers, *inputs):
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon for one group of matrices: its step at a learning rate of 1, scaled afterwards. That way the rate
-    may be a tensor on the GPU, and the step's thousands of small kernels be recorded as a CUDA graph."""
+    """PyTorch's Muon for one group of matrices, with all of a shape in one step: thousands of small matrix products
+    become a hundred large ones. The rate may be a tensor on the GPU, so that a record need not be made anew for it."""
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        lr, before = group["lr"], [p.clone() for p in group["params"]]
-        group["lr"] = 1.0
-        super().step()
-        group["lr"] = lr
-        for p, old in zip(group["params"], before, strict=True):
-            p.copy_(old.lerp_(p, lr))  # the update and the weight decay are both proportional to the rate
+        lr, momentum, of_shape = group["lr"], group["momentum"], {}
+        for p in group["params"]:
+            if p.grad is not None:
+                of_shape.setdefault(p.shape, []).append(p)
+        for shape, params in of_shape.items():
+            grads = torch.stack([p.grad for p in params])  # (number of matrices, rows, columns)
+            for p in params:
+                self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
+            averages = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(averages, list(grads), 1 - momentum)
+            average = torch.stack(averages)
+            updates = self.orthogonal(grads.lerp(average, momentum) if group["nesterov"] else average, group)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(params, list(updates * (lr * adjust_lr(1.0, group["adjust_lr_fn"], shape))))
+
+    @staticmethod
+    def orthogonal(x, group):
+        """x (n, rows, columns) with all singular values moved towards 1, by Newton-Schulz iterations in bfloat16."""
+        a, b, c = group["ns_coefficients"]
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT.bfloat16() if tall else x.bfloat16()
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return (x.mT if tall else x).float()

@@ -680,20 +680,32 @@ def test_learning_rate_warms_up_and_decays():
 
 
 @pytest.mark.parametrize("rate", [1e-2, torch.tensor(1e-2)])
-def test_muon_steps_like_pytorchs(rate):
-    """A step scaled afterwards rounds otherwise: by 2**-24 of what Muon adds at a rate of 1, which is about 1 here."""
+@pytest.mark.parametrize("ns_steps, tolerance", [(0, 1e-7), (5, 0.026)])
+def test_muon_steps_like_pytorchs(ns_steps, tolerance, rate):
+    """Newton-Schulz rounds to bfloat16, which costs PyTorch's and ours 0.013 of an update's norm. Where matrix products
+    are summed in another order than here, two such errors may be 0.026 apart. Without iterations nothing may."""
     torch.manual_seed(0)
-    ours = [torch.randn(8, 24, requires_grad=True), torch.randn(16, 8, requires_grad=True)]
+    shapes = [(8, 24), (16, 8), (8, 24), (8, 8), (16, 8), (4, 2)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     theirs = [w.detach().clone().requires_grad_() for w in ours]
-    muons = [Muon(ours, rate, 0.1), torch.optim.Muon(theirs, 1e-2, 0.1)]
+    muons = [Muon(ours, rate, 0.1, adjust_lr_fn="match_rms_adamw")]
+    muons += [torch.optim.Muon(theirs, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")]
+    for muon in muons:
+        muon.param_groups[0]["ns_steps"] = ns_steps
     for _ in range(5):
-        for w, v in zip(ours, theirs, strict=True):
+        before = [w.detach().clone() for w in theirs]
+        for w, v in zip(ours[:-1], theirs, strict=False):  # the last has no gradient
+            w.data.copy_(v)
             w.grad = v.grad = torch.randn_like(w)
         for muon in muons:
             muon.step()
-    for w, v in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(w, v, rtol=0, atol=1e-6)
-    assert muons[0].param_groups[0]["lr"] is rate
+        for w, v, old in zip(ours, theirs, before, strict=True):
+            assert (w - v).norm() <= tolerance * (v - old).norm() + 1e-7 * v.norm()
+    assert muons[0].param_groups[0]["lr"] is rate and torch.equal(ours[-1], theirs[-1])
+    averages = [
+        [muon.state[w]["momentum_buffer"] for w in held[:-1]] for muon, held in zip(muons, (ours, theirs), strict=True)
+    ]
+    torch.testing.assert_close(*averages)
 
 
 def test_one_learning_rate_reaches_every_parameter_once():
