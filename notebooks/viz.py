@@ -343,14 +343,31 @@ def relative(names, ours, cudnn, papers):
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, 1.14), ncols=3)
 
 
-def source_matrix(ax, matrix, title, vmax):
-    """matrix (n_layer, n_layer): what each reader (row) has from each earlier layer (column). Returns the image."""
-    n = len(matrix)
-    image = ax.imshow(matrix[1:, :-1], cmap=HEAT, vmin=0, vmax=vmax, extent=(-0.5, n - 1.5, n - 0.5, 0.5))
-    ax.set(title=title, xlabel="source layer", xticks=range(0, n - 1, 2), yticks=range(1, n, 2))
+def source_matrix(ax, matrix, kind, vmax):
+    """matrix (n_layer, n_layer): what each reader (row) has from each earlier layer's slot of `kind` (column), in the
+    slot's colour. Returns the image."""
+    n, look = len(matrix), {"cmap": SLOT_HEAT[slot_color(kind)], "vmin": 0, "vmax": vmax}
+    image = ax.imshow(matrix[1:, :-1], extent=(-0.5, n - 1.5, n - 0.5, 0.5), **look)
+    ax.set(title=f"{kind} slots: mean weight", xlabel="source layer", xticks=range(0, n - 1, 2), yticks=range(1, n, 2))
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return image
+
+
+def percentages(panels, rows, columns, vmax):
+    """Tables of numbers side by side, darker where larger, in the colour of the slot that the title begins with.
+    panels: title -> (rows, columns)."""
+    _, axes = plt.subplots(1, len(panels), figsize=(10, 3), sharey=True)
+    for ax, (title, p) in zip(axes, panels.items(), strict=True):
+        ax.imshow(p, cmap=SLOT_HEAT[slot_color(title)], vmin=0, vmax=vmax, aspect="auto")
+        for i, j in np.ndindex(*p.shape):
+            color = "white" if p[i, j] > 0.55 * vmax else INK
+            ax.text(j, i, f"{p[i, j]:.1f}", ha="center", va="center", color=color)
+        ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_title(title)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
 
 
 def decoding_grid(ax, sublayers, tokens, t):
@@ -375,6 +392,81 @@ def decoding_grid(ax, sublayers, tokens, t):
     ax.set_yticks(range(len(sublayers)), sublayers)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+
+
+# -------------------------------------------------------------------------------------------- where models are compared
+
+
+def side_by_side(fig, train, val, colors, n_step, every, unigram):
+    """Two models in training. train, val: name -> losses, one a step, and one every `every` steps."""
+    fig.clear()
+    losses, difference = fig.subplots(1, 2)
+    steps, seen = (range(first, first * len(of["plain"]) + 1, first) for of, first in ((train, 1), (val, every)))
+    for name, color in colors.items():
+        losses.plot(steps, train[name], color=tint(color, 0.35), linewidth=1, zorder=1)
+        losses.plot(seen, val[name], "o-", color=color, markersize=4, label=name)
+    losses.axhline(unigram, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    losses.annotate("unigram", (n_step, unigram), (0, 4), textcoords="offset points", ha="right", color=GREY)
+    losses.set(ylim=(3.4, 7.2), ylabel="loss, nats per token")
+    losses.legend(loc="lower left")
+    minus = [[b - a for a, b in zip(kind["plain"], kind["MoDA"], strict=True)] for kind in (train, val)]
+    difference.axhline(0, color=INK, linewidth=1)
+    difference.plot(steps, minus[0], color=tint(INK, 0.3), linewidth=1)
+    difference.plot(seen, minus[1], "o-", color=INK, markersize=4)
+    difference.set(ylim=(-0.6, 0.6), ylabel="MoDA $-$ plain")
+    difference.annotate("MoDA better", (0.02, 0.03), xycoords="axes fraction", color=GREY)
+    for ax in (losses, difference):
+        ax.set(xlim=(0, n_step), xlabel="step")
+
+
+def seeds(losses, colors):
+    """losses: seed -> validation loss of plain, of plain trained for MoDA's time, of MoDA."""
+    _, ax = plt.subplots(figsize=(8, 2.8))
+    at, (plain, longer, moda) = range(len(losses)), zip(*losses.values(), strict=True)
+    ax.hlines(at, [min(row) for row in losses.values()], [max(row) for row in losses.values()], color=PALE, zorder=0)
+    hollow = {"markerfacecolor": "white", "label": "plain, for MoDA's time"}
+    ax.plot(plain, at, "o", color=colors["plain"], markersize=9, label="plain")
+    ax.plot(longer, at, "o", color=colors["plain"], markersize=9, **hollow)
+    ax.plot(moda, at, "o", color=colors["MoDA"], markersize=9, label="MoDA")
+    ax.set_yticks(at, [f"seed {seed}" for seed in losses])
+    ax.set(xlabel="validation loss, nats per token", ylim=(-0.6, len(losses) - 0.4))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3)
+
+
+def long_run(rows, ends, colors, epoch):
+    """MoDA's rows of metrics.jsonl, and where each model ended. ends: name -> loss; epoch: tokens of the whole text."""
+    _, ax = plt.subplots(figsize=(8, 3.8))
+    end, seen = rows[-1]["tokens"] / 1e6, [row for row in rows if row["val_loss"] is not None]
+    for i in range(1, int(end * 1e6 / epoch) + 1):
+        ax.axvline(i * epoch / 1e6, color=GREY, linewidth=1, linestyle=":")
+    pale = tint(colors["MoDA"], 0.35)
+    ax.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], color=pale, linewidth=0.8)
+    ax.plot([row["tokens"] / 1e6 for row in seen], [row["val_loss"] for row in seen], color=colors["MoDA"])
+    for (name, nats), dy in zip(ends.items(), (5, -5), strict=True):
+        ax.plot(end, nats, "o", color=colors[name], markersize=7, clip_on=False)
+        end_label(ax, end, nats, f"{name} {nats:.2f}", colors[name], dy=dy)
+    ax.annotate("validation", (9.7, 2.85), color=shade(colors["MoDA"]))
+    ax.annotate("training", (9.7, 1.75), color=shade(colors["MoDA"]))
+    ax.set(xlim=(0, end), ylim=(1.2, 5), xlabel="million tokens", ylabel="loss, nats per token")
+
+
+def gains(rows):
+    """Loss minus the baseline's. rows: label -> (differences over seeds, the paper's or None), row 3, row 4."""
+    _, ax = plt.subplots(figsize=(8, 4))
+    ax.axvline(0, color=BASELINE)
+    for i, pair in enumerate(rows.values()):
+        for (values, paper), color, dy in zip(pair, (ROW_3, MODA), (-0.15, 0.15), strict=True):
+            spread = np.std(values, ddof=1) if len(values) > 1 else None
+            ax.errorbar(np.mean(values), i + dy, xerr=spread, fmt="o", color=color, capsize=3)
+            if paper is not None:
+                ax.plot(paper, i + dy, "D", color=INK, markersize=5)
+    ax.set_yticks(range(len(rows)), rows, fontsize=9)
+    ax.invert_yaxis()
+    ax.set(
+        xlabel="nats per token, minus the baseline (left is better); bars: seeds; diamonds: the paper, on other data"
+    )
+    ax.annotate("row 3", (0.02, 0.93), xycoords="axes fraction", color=shade(ROW_3))
+    ax.annotate("row 4", (0.02, 0.86), xycoords="axes fraction", color=shade(MODA))
 
 
 # ------------------------------------------------------------------------------------------------ the README's figure
