@@ -17,4 +17,5 @@ def test_cells_are_short_and_figures_described(path):
         assert len(cell["source"]) <= 15, f"{cell['id']}: drawing belongs into viz.py"
         assert all(output.get("name") != "stderr" for output in cell["outputs"]), cell["id"]
         has_figure = any("image/png" in output.get("data", {}) for output in cell["outputs"])
+        # JupyterLab reads no alt text; `jupyter nbconvert --template classic` reads the cell's
         assert has_figure == bool(cell["metadata"].get("alt")), f"{cell['id']}: its metadata needs `alt`, a sentence"
