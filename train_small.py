@@ -118,7 +118,9 @@ def load_checkpoint(folder, to_resume=False):
     to_resume also for one that `load_run` can read, but that cannot go on."""
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
-        raise ValueError(f"there is no run in {str(folder)!r}: no checkpoint.pt")
+        inside = sorted(found.parent.as_posix() for found in Path(folder).glob("*/checkpoint.pt"))
+        hint = f", but in {', '.join(inside)}" if inside else ""
+        raise ValueError(f"there is no run in {str(folder)!r}: no checkpoint.pt{hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -153,6 +153,86 @@ def tiles(ax, visible, computed, colors):
     ax.spines[:].set_visible(False)
 
 
+def layouts(masks, group, chunk, n_slot):
+    """Masks side by side. masks: title -> (visible, computed), rows of all heads, columns of all tokens' slots; lines
+    part the chunks of rows. The last one has the heads of a token side by side, the others head after head."""
+    _, axes = plt.subplots(1, len(masks), figsize=(11, 4.2))
+    for ax, (title, (visible, computed)) in zip(axes, masks.items(), strict=True):
+        n_row, T = len(visible), visible.shape[1] // n_slot
+        tiles(ax, visible, computed, [(ATTN, FFN)[slot % 2] for slot in range(n_slot)] * T)
+        ax.set_title(title)
+        ax.set_xticks(np.arange(0, T, 2) * n_slot + (n_slot - 1) / 2, range(0, T, 2))
+        ax.set_xlabel(f"depth columns, by token ({n_slot} slots each)")
+        ax.set_yticks([])
+        ax.hlines(np.arange(0, n_row + 1, chunk) - 0.5, -0.5, T * n_slot - 0.5, color=GREY, linewidth=0.6)
+    heads = [f"head {head}" for head in range(group)]
+    axes[0].set_yticks(np.arange(group) * T + (T - 1) / 2, heads, rotation=90, va="center")
+    tokens = [f"{t}-{t + chunk // group - 1}" for t in range(0, T, chunk // group)]
+    axes[-1].set_yticks(np.arange(len(tokens)) * chunk + (chunk - 1) / 2, tokens)
+    axes[-1].yaxis.tick_right()
+    axes[-1].yaxis.set_label_position("right")
+    axes[-1].set_ylabel(f"tokens, with {group} heads each")
+
+
+def program(steps, tokens, boundary):
+    """The tiles of one program, in order. steps: a tile's title, its visible (rows, columns) of bool, and a colour for
+    each column; tokens: labels, one for each group of rows; boundary: how many tiles are the sequence's."""
+    n_row, width = steps[0][1].shape
+    _, ax = plt.subplots(figsize=(11, 2.9))
+    gap = np.zeros((n_row, 1), bool)  # a white column between tiles
+    visible = np.concatenate([part for _, mask, _ in steps for part in (np.asarray(mask), gap)], axis=1)
+    computed = np.concatenate([part for _ in steps for part in (np.ones((n_row, width), bool), gap)], axis=1)
+    tiles(ax, visible, computed, [color for *_, colors in steps for color in (*colors, PALE)])
+    for i, (title, *_) in enumerate(steps):
+        left = i * (width + 1) - 0.5
+        ax.add_patch(Rectangle((left, -0.5), width, n_row, fill=False, edgecolor=GREY, linewidth=0.8))
+        ax.annotate(title, (left + width / 2, -0.5), (0, 5), textcoords="offset points", ha="center")
+    ax.set_xlim(-0.5, len(steps) * (width + 1) - 1.5)
+    ax.axvline(boundary * (width + 1) - 1, color=BOUNDARY, linewidth=2.5)
+    group = n_row // len(tokens)
+    ax.set_yticks([group * i + (group - 1) / 2 for i in range(len(tokens))], tokens)
+    ax.set_xticks([])
+
+
+def states(rows, labels, boundary, at=()):
+    """What a row remembers after each tile, all on one scale. rows: title -> (m, a), arrays of one number a tile, NaN
+    where there is none; labels: of the tiles. A bar reaches from m up to m + log a. at: tiles whose top is written."""
+    fig, axes = plt.subplots(1, len(rows), figsize=(11, 3.6), sharey=True)
+    colors = [SEQUENCE if i < boundary else ATTN for i in range(len(labels))]
+    x, end = np.arange(len(labels)), len(labels) - 0.5
+    everything = np.concatenate(
+        [np.asarray(m) + shift for m, a in rows.values() for shift in (0, np.log2(np.asarray(a)))]
+    )
+    low, high = np.nanmin(everything) - 0.5, np.nanmax(everything) + 0.7
+    for ax, (title, (m, a)) in zip(axes, rows.items(), strict=True):
+        m, top = np.asarray(m), np.asarray(m) + np.log2(np.asarray(a))
+        ax.bar(x, top - m, 0.72, bottom=m, color=[tint(color, 0.45) for color in colors])
+        ax.hlines(m, x - 0.36, x + 0.36, color=INK)
+        ax.plot(x, top, color=GREY, linewidth=1)
+        ax.scatter(x, top, s=42, color=[shade(color) for color in colors], zorder=3)
+        for i in at:
+            ax.annotate(f"{top[i]:.2f}", (x[i], top[i]), (0, 8), textcoords="offset points", ha="center")
+        ax.axvline(boundary - 0.5, color=BOUNDARY, linewidth=2.5)
+        ax.set(title=title, xlim=(-0.6, end + 0.1))
+        ax.set_xticks(x, labels)
+        if np.isnan(m).any():
+            ax.text(x[np.isnan(m)].mean(), low + 0.5 * (high - low), "one call,\nno tiles", ha="center", color=GREY)
+    axes[0].set(ylim=(low, high), ylabel="base-2 logits")
+    fig.supxlabel("after the tile of loop (1), (2) or (3) that starts at this column", fontsize=11)
+
+
+def loads(sequence, depth, slots):
+    """How many programs load each key. sequence (T,), depth (n_slot, T), slots: names."""
+    n_slot, T = depth.shape
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 3), sharey=True, width_ratios=(1, 2))
+    left.bar(range(T), sequence, color=SEQUENCE, width=1)
+    left.set(title="sequence", xlabel="key", ylabel="programs that load it")
+    right.bar(range(depth.size), depth.ravel(), color=np.repeat([slot_color(name) for name in slots], T), width=1)
+    right.set(title="depth", xlabel="slot, and in it the token")
+    right.set_xticks(np.arange(n_slot) * T + T / 2, slots)
+    right.tick_params(length=0)
+
+
 def backward_tile(visible, group, t0, slots):
     """One tile of the depth half, and below it the sums over its rows. visible (rows, columns): which weights P are not
     zero; a token has `group` rows, and the columns go through the block's tokens slot by slot."""
@@ -192,22 +272,102 @@ def readers(n_layer):
     return fig
 
 
-def state(ax, x, fig):
-    """x (rows, steps), one number a row and step, with a colour bar of its own; NaN is grey."""
-    image = ax.imshow(x, cmap=HEAT.with_extremes(bad=PALE), aspect="auto", interpolation="nearest")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    fig.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
+def roofline(series, names, bandwidth, matmul, title):
+    """Measured speeds under the roof of a GPU. series: label -> (colour, [[(FLOPs a byte, TFLOP/s) forward, likewise
+    backward] a setting]); names: number of a setting -> text beside its point of the first series."""
+    _, ax = plt.subplots(figsize=(9.5, 4.6))
+    x = np.geomspace(1, 1e5, 200)
+    ax.plot(x, np.minimum(matmul, x * bandwidth), color=INK)
+    for label, (color, points) in series.items():
+        forward, backward = (zip(*[pair[way][:2] for pair in points], strict=True) for way in (0, 1))
+        ax.plot(*forward, "o", color=color, markersize=7, label=label)
+        ax.plot(*backward, "o", color=color, markersize=7, markerfacecolor="white")
+    color, points = next(iter(series.values()))
+    for i, text in names.items():
+        ax.annotate(text, points[i][0][:2], (8, -13), textcoords="offset points", color=shade(color))
+    for text, point, shift in (
+        (f"copy, {bandwidth:.2f} TB/s", (45, 45 * bandwidth), (-8, 6)),
+        (f"bf16 matmul, {matmul:.0f} TFLOP/s", (1e5, matmul), (0, 6)),
+    ):
+        ax.annotate(text, point, shift, textcoords="offset points", ha="right")
+    ax.set(xscale="log", yscale="log", xlim=(1, 1e5), ylim=(3, 2000), title=title)
+    ax.set(xlabel="FLOPs a byte", ylabel="TFLOP/s")
+    ax.legend(loc="lower right", title="filled: forward, hollow: backward", alignment="left")
 
 
-def source_matrix(ax, matrix, title, vmax):
-    """matrix (n_layer, n_layer): what each reader (row) has from each earlier layer (column). Returns the image."""
-    n = len(matrix)
-    image = ax.imshow(matrix[1:, :-1], cmap=HEAT, vmin=0, vmax=vmax, extent=(-0.5, n - 1.5, n - 0.5, 0.5))
-    ax.set(title=title, xlabel="source layer", xticks=range(0, n - 1, 2), yticks=range(1, n, 2))
+def floor(names, attention, extra, alone):
+    """What depth adds, in units of its byte floor. For each setting: its name, how long attention takes without depth
+    (ms), the quartiles of the difference, and the depth half alone. Drawn from the fastest attention to the slowest."""
+    order = np.argsort(attention)[::-1]  # the fastest on top
+    y, extra, alone = np.arange(len(order)), np.asarray(extra)[order], np.asarray(alone)[order]
+    _, ax = plt.subplots(figsize=(9.5, 4.2))
+    ax.axvline(1, color=INK, linewidth=1.5)
+    ax.hlines(y, 0, 2, color=PALE, linewidth=0.8, zorder=0)
+    ax.hlines(y, extra[:, 0], extra[:, 2], color=tint(SEQUENCE, 0.5), linewidth=4)
+    ax.plot(extra[:, 1], y, "D", color=SEQUENCE, markersize=6, label="MoDA minus attention without depth")
+    ax.plot(alone, y, "o", color=ATTN, markersize=8, label="depth half, timed alone")
+    ax.set_yticks(y, [names[i] for i in order])
+    ax.set(xlim=(0.75, 1.75), xlabel="time / byte floor")
+    ax.annotate(
+        "byte floor", (1, 1), (0, 5), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center"
+    )
+    for i, at in enumerate(order):
+        ax.annotate(f"{attention[at]:.0f} ms", (1.01, i), xycoords=("axes fraction", "data"), va="center", color=GREY)
+    ax.annotate("attention\ntakes", (1.01, 1.01), xycoords="axes fraction", color=GREY)
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9), frameon=True, facecolor="white", edgecolor="white")
+
+
+def ladder(rungs, paper, gpu):
+    """Time of each rung, forward + backward. rungs, paper: name -> ms; the paper has no more rungs than we."""
+    _, ax = plt.subplots(figsize=(9.5, 3))
+    y = np.arange(len(rungs))[::-1]
+    ax.plot(rungs.values(), y, "o-", color=ATTN, markersize=8, label=f"here, {gpu}")
+    hollow = {"markerfacecolor": "white", "markersize": 8, "linewidth": 1}
+    ax.plot(paper.values(), y[: len(paper)], "D--", color=INK, label="paper, A100", **hollow)
+    ax.set_yticks(y, rungs)
+    ax.grid(axis="y", color=PALE)
+    ax.set(xscale="log", xlim=(0.1, 1e4), xlabel="forward + backward, ms")
+    ax.legend(loc="lower right")
+
+
+def relative(names, ours, cudnn, papers):
+    """Times relative to FlashAttention-2 without depth, one bar and two marks for each setting."""
+    y = np.arange(len(names))[::-1]
+    _, ax = plt.subplots(figsize=(9.5, 4.1))
+    ax.axvline(1, color=INK, linewidth=1)
+    ax.barh(y, ours, color=ATTN, height=0.55, label="MoDA, here")
+    ax.plot(cudnn, y, "|", color=SEQUENCE, markersize=13, markeredgewidth=3, label="cuDNN, no depth, here")
+    ax.plot(papers, y, "D", color=INK, markerfacecolor="white", markersize=7, label="MoDA, paper")
+    ax.set_yticks(y, names)
+    ax.set(xlim=(0, 1.55), xlabel="time / time of FlashAttention-2 without depth, forward + backward")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, 1.14), ncols=3)
+
+
+def source_matrix(ax, matrix, kind, vmax):
+    """matrix (n_layer, n_layer): what each reader (row) has from each earlier layer's slot of `kind` (column), in the
+    slot's colour. Returns the image."""
+    n, look = len(matrix), {"cmap": SLOT_HEAT[slot_color(kind)], "vmin": 0, "vmax": vmax}
+    image = ax.imshow(matrix[1:, :-1], extent=(-0.5, n - 1.5, n - 0.5, 0.5), **look)
+    ax.set(title=f"{kind} slots: mean weight", xlabel="source layer", xticks=range(0, n - 1, 2), yticks=range(1, n, 2))
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return image
+
+
+def percentages(panels, rows, columns, vmax):
+    """Tables of numbers side by side, darker where larger, in the colour of the slot that the title begins with.
+    panels: title -> (rows, columns)."""
+    _, axes = plt.subplots(1, len(panels), figsize=(10, 3), sharey=True)
+    for ax, (title, p) in zip(axes, panels.items(), strict=True):
+        ax.imshow(p, cmap=SLOT_HEAT[slot_color(title)], vmin=0, vmax=vmax, aspect="auto")
+        for i, j in np.ndindex(*p.shape):
+            color = "white" if p[i, j] > 0.55 * vmax else INK
+            ax.text(j, i, f"{p[i, j]:.1f}", ha="center", va="center", color=color)
+        ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_title(title)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
 
 
 def decoding_grid(ax, sublayers, tokens, t):
@@ -232,6 +392,81 @@ def decoding_grid(ax, sublayers, tokens, t):
     ax.set_yticks(range(len(sublayers)), sublayers)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+
+
+# -------------------------------------------------------------------------------------------- where models are compared
+
+
+def side_by_side(fig, train, val, colors, n_step, every, unigram):
+    """Two models in training. train, val: name -> losses, one a step, and one every `every` steps."""
+    fig.clear()
+    losses, difference = fig.subplots(1, 2)
+    steps, seen = (range(first, first * len(of["plain"]) + 1, first) for of, first in ((train, 1), (val, every)))
+    for name, color in colors.items():
+        losses.plot(steps, train[name], color=tint(color, 0.35), linewidth=1, zorder=1)
+        losses.plot(seen, val[name], "o-", color=color, markersize=4, label=name)
+    losses.axhline(unigram, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    losses.annotate("unigram", (n_step, unigram), (0, 4), textcoords="offset points", ha="right", color=GREY)
+    losses.set(ylim=(3.4, 7.2), ylabel="loss, nats per token")
+    losses.legend(loc="lower left")
+    minus = [[b - a for a, b in zip(kind["plain"], kind["MoDA"], strict=True)] for kind in (train, val)]
+    difference.axhline(0, color=INK, linewidth=1)
+    difference.plot(steps, minus[0], color=tint(INK, 0.3), linewidth=1)
+    difference.plot(seen, minus[1], "o-", color=INK, markersize=4)
+    difference.set(ylim=(-0.6, 0.6), ylabel="MoDA $-$ plain")
+    difference.annotate("MoDA better", (0.02, 0.03), xycoords="axes fraction", color=GREY)
+    for ax in (losses, difference):
+        ax.set(xlim=(0, n_step), xlabel="step")
+
+
+def seeds(losses, colors):
+    """losses: seed -> validation loss of plain, of plain trained for MoDA's time, of MoDA."""
+    _, ax = plt.subplots(figsize=(8, 2.8))
+    at, (plain, longer, moda) = range(len(losses)), zip(*losses.values(), strict=True)
+    ax.hlines(at, [min(row) for row in losses.values()], [max(row) for row in losses.values()], color=PALE, zorder=0)
+    hollow = {"markerfacecolor": "white", "label": "plain, for MoDA's time"}
+    ax.plot(plain, at, "o", color=colors["plain"], markersize=9, label="plain")
+    ax.plot(longer, at, "o", color=colors["plain"], markersize=9, **hollow)
+    ax.plot(moda, at, "o", color=colors["MoDA"], markersize=9, label="MoDA")
+    ax.set_yticks(at, [f"seed {seed}" for seed in losses])
+    ax.set(xlabel="validation loss, nats per token", ylim=(-0.6, len(losses) - 0.4))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3)
+
+
+def long_run(rows, ends, colors, epoch):
+    """MoDA's rows of metrics.jsonl, and where each model ended. ends: name -> loss; epoch: tokens of the whole text."""
+    _, ax = plt.subplots(figsize=(8, 3.8))
+    end, seen = rows[-1]["tokens"] / 1e6, [row for row in rows if row["val_loss"] is not None]
+    for i in range(1, int(end * 1e6 / epoch) + 1):
+        ax.axvline(i * epoch / 1e6, color=GREY, linewidth=1, linestyle=":")
+    pale = tint(colors["MoDA"], 0.35)
+    ax.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], color=pale, linewidth=0.8)
+    ax.plot([row["tokens"] / 1e6 for row in seen], [row["val_loss"] for row in seen], color=colors["MoDA"])
+    for (name, nats), dy in zip(ends.items(), (5, -5), strict=True):
+        ax.plot(end, nats, "o", color=colors[name], markersize=7, clip_on=False)
+        end_label(ax, end, nats, f"{name} {nats:.2f}", colors[name], dy=dy)
+    ax.annotate("validation", (9.7, 2.85), color=shade(colors["MoDA"]))
+    ax.annotate("training", (9.7, 1.75), color=shade(colors["MoDA"]))
+    ax.set(xlim=(0, end), ylim=(1.2, 5), xlabel="million tokens", ylabel="loss, nats per token")
+
+
+def gains(rows):
+    """Loss minus the baseline's. rows: label -> (differences over seeds, the paper's or None), row 3, row 4."""
+    _, ax = plt.subplots(figsize=(8, 4))
+    ax.axvline(0, color=BASELINE)
+    for i, pair in enumerate(rows.values()):
+        for (values, paper), color, dy in zip(pair, (ROW_3, MODA), (-0.15, 0.15), strict=True):
+            spread = np.std(values, ddof=1) if len(values) > 1 else None
+            ax.errorbar(np.mean(values), i + dy, xerr=spread, fmt="o", color=color, capsize=3)
+            if paper is not None:
+                ax.plot(paper, i + dy, "D", color=INK, markersize=5)
+    ax.set_yticks(range(len(rows)), rows, fontsize=9)
+    ax.invert_yaxis()
+    ax.set(
+        xlabel="nats per token, minus the baseline (left is better); bars: seeds; diamonds: the paper, on other data"
+    )
+    ax.annotate("row 3", (0.02, 0.93), xycoords="axes fraction", color=shade(ROW_3))
+    ax.annotate("row 4", (0.02, 0.86), xycoords="axes fraction", color=shade(MODA))
 
 
 # ------------------------------------------------------------------------------------------------ the README's figure

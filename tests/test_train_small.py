@@ -192,6 +192,11 @@ def test_load_run_gives_the_trained_model_and_its_tokenizer(whole, text):
     assert not model.training and isinstance(model.generate(tokens[None, :1], 4), torch.Tensor)
 
 
+def test_folder_of_runs_names_them():
+    with pytest.raises(ValueError, match=r"there is no run in .*: no checkpoint.pt, but in .*deep/moda, .*deep/plain$"):
+        load_run(ROOT / "notebooks" / "deep")
+
+
 def test_text_in_text_out():
     run = load_run(ROOT / "notebooks" / "deep" / "moda")
     text = "def count(self, items):"
