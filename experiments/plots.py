@@ -287,6 +287,42 @@ def draw_quality(lines):
     return figure
 
 
+def draw_front(lines, timed):
+    """What less loss costs in time. lines: of one budget. timed: {row: of bench.py train, ms and beside_ms}. Rows that
+    are in both; up and to the left is better; the line joins those that no other beats in both."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes, points = figure.subplots(), []
+    ((*_, tokens), groups), *_ = tries(lines).items()
+    for row in (row for row in ROWS if row != "plain" and row in groups and row in timed):
+        runs = groups[row][best_setting(groups[row])]
+        gains = [-delta for delta in at_same_setting([*runs.values()], groups["plain"])]
+        if gains:
+            extra = 100 * median([a / b - 1 for a, b in zip(timed[row]["ms"], timed[row]["beside_ms"], strict=True)])
+            points.append((extra, statistics.mean(gains), gains, row))
+    best, front = 0, [(0, 0)]
+    for extra, gain, gains, row in sorted(points):
+        if gain > best:
+            best = gain
+            front.append((extra, gain))
+        error, n = (statistics.stdev(gains), f"{len(gains)} seeds") if len(gains) > 1 else (None, "1 seed")
+        face = color_of(row) if len(gains) > 1 else "white"
+        axes.errorbar(extra, gain, yerr=error, fmt="o", ms=8, color=color_of(row), mfc=face, capsize=4, zorder=3)
+        side = (
+            {"xytext": (9, -13)} if error or extra < 8 else {"xytext": (36, 10), "ha": "right"}
+        )  # beside others' bars
+        name = ROWS[row][0].replace("+ ", f"{row}: ", 1)
+        axes.annotate(f"{name} ({n})", (extra, gain), textcoords="offset points", fontsize=9, **side)
+    axes.plot(*zip(*front, strict=True), color=OTHER, lw=1, zorder=1)
+    axes.plot(0, 0, "o", ms=8, color=BASELINE, clip_on=False, zorder=3)
+    axes.annotate("plain Transformer", (0, 0), (9, 4), textcoords="offset points", fontsize=9)
+    right = max([extra for extra, *_ in points], default=1)
+    axes.set(xlim=(0, 1.45 * right), ylim=(0, None), ylabel="loss below the baseline's, nats per token")
+    axes.set_xlabel("extra time of forward and backward")
+    axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    titled(axes, f"24 layers, {tokens:g} million tokens of C code: what less loss costs in time")
+    return figure
+
+
 DRAW = {"kernel": draw_kernel, "train": draw_train, "scale": draw_scale}
 
 
@@ -310,6 +346,10 @@ def main():
         redraw(path)
     if lines := finished():
         save(draw_quality(lines), RESULTS / "quality.png")
+    timed = json.loads((RESULTS / "train_h100-80gb-hbm3.json").read_text())["shapes"]["24l-512"]["rows"]
+    timed = {row.replace("row ", "row"): times for row, times in timed.items()}  # bench.py spells them otherwise
+    if lines := finished("linux"):
+        save(draw_front(lines, timed), RESULTS / "front.png")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,24 @@ def test_quality_picture():
         assert any((1e-3, at_1e3) in zip(*line.get_data(), strict=True) for line in rates.lines)
 
 
+def test_front_picture():
+    """A row is where its time and its gain are. The line skips what another row beats in both."""
+
+    def line(row, seed, loss):
+        setting = {"n_layer": 24, "norm": "post", "optimizer": "muon", "budget": 64.0, "lr": 1e-3, "warmup": 300}
+        return setting | {"row": row, "seed": seed, "val_loss": loss}
+
+    lines = [line("plain", 0, 2.0), line("plain", 1, 2.2), line("row3", 0, 1.9), line("row3", 1, 2.0)]
+    lines += [line("every4", 0, 1.9), line("row4", 0, 1.8), line("ffn", 0, 1.0)]
+    timed = {"row3": {"ms": [12.0], "beside_ms": [10.0]}, "every4": {"ms": [13.0], "beside_ms": [10.0]}}
+    timed |= {"row4": {"ms": [16.0, 18.0], "beside_ms": [10.0, 15.0]}}
+    (axes,) = plots.draw_front(lines, timed).axes
+    front = next(line for line in axes.lines if len(line.get_xdata()) > 2)
+    assert front.get_xdata() == pytest.approx([0, 20, 40]) and front.get_ydata() == pytest.approx([0, 0.15, 0.2])
+    texts = [text.get_text() for text in axes.texts]
+    assert any("2 seeds" in text for text in texts) and len(texts) == 1 + 3
+
+
 def test_a_model_has_one_colour():
     """Plain is blue, row 4 vermillion, in every picture and both machines'."""
     for gpu in GPUS:
