@@ -4,8 +4,9 @@
 
 For each row the learning rate is searched with seed 0, on a grid of factor sqrt(2), until both neighbours of the best
 are worse. Then come the other seeds at the best rate, then half the warmup. The rows "longer" and "longer3" take
-plain's setting. Each run is one of replicate.py: it is not repeated once its line is in the results, and after a cut it
-goes on where it was. The text's tokens must lie in runs/: see texts.py.
+plain's setting. With --lr there is no search: the rows at that rate, seed by seed. Each run is one of replicate.py: it
+is not repeated once its line is in the results, and after a cut it goes on where it was. The text's tokens must lie in
+runs/: see texts.py.
 
 One run has a GPU to itself, unless --each says otherwise. Sharing one gains little on an H100, even under NVIDIA MPS
 (nvidia-cuda-mps-control -d). With --minutes, the runs still going are saved and stopped.
@@ -42,8 +43,11 @@ def bracket(losses):
     return missing, None if missing else best
 
 
-def wishes(tried, rows, seeds):
+def wishes(tried, rows, seeds, lr=None):
     """tried: {row: {(lr, warmup): {seed: line}}} -> [(row, lr, warmup, seed)] still to run, the most urgent first."""
+    if lr:
+        runs = [(row, lr, WARMUP, seed) for seed in seeds for row in rows]
+        return [run for run in runs if run[3] not in tried.get(run[0], {}).get(run[1:3], {})]
     stages, best = [[], [], [], []], {}
     for row in (row for row in rows if row not in AS_LONG_AS):
         done = tried.get(row, {})
@@ -92,7 +96,7 @@ def sweep(args):
             group = (args.layers, "post", "muon", args.tokens)
             tried = quality.tries(quality.finished(args.text)).get(group, {})
             busy = failed | {run for run, _ in running.values()}
-            next_ones = [run for run in wishes(tried, args.rows, args.seeds) if run not in busy]
+            next_ones = [run for run in wishes(tried, args.rows, args.seeds, args.lr) if run not in busy]
             for place, run in zip([p for p in places if p not in running], next_ones, strict=False):
                 running[place] = run, start(run, place[0], args)
                 say("starts", place, *run)
@@ -117,6 +121,7 @@ def main():
     parser.add_argument("--tokens", type=float, required=True, help="the budget, in millions")
     parser.add_argument("--layers", type=int, default=24, help="of post-norm models (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["plain", "row3", "row4"], metavar="ROW")
+    parser.add_argument("--lr", type=float, help="this learning rate, with the seeds, instead of a search")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--gpus", nargs="+", type=int, default=[0], help="(default: 0)")
     parser.add_argument("--each", type=int, default=1, help="runs at once on each GPU (default: %(default)s)")

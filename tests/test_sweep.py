@@ -35,6 +35,12 @@ def test_rates_then_seeds_then_equal_time_then_warmup():
     assert [run for run in ran if run[2] != WARMUP] == ran[-3:]
 
 
+def test_a_given_rate():
+    tried = quality.tries([line("row3", 7.1e-4, WARMUP, 0), line("plain", 1e-3, WARMUP, 0)])[24, "post", "muon", 64]
+    wanted = sweep.wishes(tried, ["row3", "plain"], [0, 1], 7.1e-4)
+    assert wanted == [("plain", 7.1e-4, WARMUP, 0), ("row3", 7.1e-4, WARMUP, 1), ("plain", 7.1e-4, WARMUP, 1)]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_runs_side_by_side(tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
@@ -52,6 +58,7 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys, fails):
         "tokens": 64.0,
         "layers": 24,
         "rows": ["plain"],
+        "lr": None,
         "seeds": [0, 1],
         "gpus": [0, 1],
         "each": 2,
