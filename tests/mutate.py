@@ -71,6 +71,12 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("fast.py:TokenPass.__call__", "self.position_of > position", "self.position_of >= position"),
     ("fast.py:TokenPass.__call__", "position + self.n_slot", "position"),
     ("fast.py:TokenPass.write", "layer.layer + 1", "layer.layer + 2"),
+    ("fast.py:DecodingCache.append", "self.run.n_slot :, :]", "self.run.n_slot + 1 :, :]"),
+    # Muon, a shape at a time
+    ("fast.py:Muon.step", "1 - momentum", "momentum"),
+    ("fast.py:Muon.step", "1 - lr * group['weight_decay']", "1 - group['weight_decay']"),
+    ("fast.py:Muon.orthogonal", "beta=b, alpha=c", "beta=c, alpha=b"),
+    ("fast.py:Muon.orthogonal", "x.shape[1] > x.shape[2]", "x.shape[1] < x.shape[2]"),
     # the fast model: joined products, layers in parts
     ("fast.py:joined", "[layer.weight for layer in layers]", "[layer.weight for layer in layers[::-1]]"),
     ("fast.py:joined", "None if biases[0] is None else torch.cat(biases)", "None"),
