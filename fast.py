@@ -218,9 +218,10 @@ class DecodingCache(KVCache):
     def next_token(self, x):
         """x (B, 1, n_embd), a token at position `length` -> the same shape, through all layers."""
         position, self.n_token = torch.full((1,), self.length, device=x.device), self.n_token + 1
-        if self.n_token == 4 and x.is_cuda:  # by then PyTorch has prepared whatever it prepares at first use
-            self.run = record(self.run, x, position, warmup=0)
-        return self.run(x, position)
+        with torch.cuda.device_of(x):  # records belong to a GPU; a tensor elsewhere changes nothing
+            if self.n_token == 4 and x.is_cuda:  # by then PyTorch has prepared whatever it prepares at first use
+                self.run = record(self.run, x, position, warmup=0)
+            return self.run(x, position)
 
 
 class TokenPass:

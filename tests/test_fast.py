@@ -223,6 +223,14 @@ def test_generation_as_the_model_is_now():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_generation_on_another_gpu():
+    model, _, idx, _ = fast_and_exact("cuda:1", **DEEP)
+    want = MoDA.generate(model, idx[:, :3], 10, temperature=0, use_cache=False)
+    assert torch.cuda.current_device() == 0 and torch.equal(model.generate(idx[:, :3], 10, temperature=0), want)
+
+
+@pytest.mark.gpu
 def test_garbage_while_recording():
     """Old graphs in reference cycles are not collected in the middle of a new recording, which that would break."""
     model, _, idx, _ = fast_and_exact("cuda")
