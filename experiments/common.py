@@ -24,6 +24,8 @@ ROWS = {  # of the paper's Table 3, and variants: what it is, and a function tha
     "first1window8": ("row4, the first slot and the last 8", partial(replace, depth_first=1, depth_window=8)),
     "every2": ("row4, every 2nd layer reads", partial(replace, depth_every=2)),
     "every4": ("row4, every 4th layer reads", partial(replace, depth_every=4)),
+    "every8": ("row4, every 8th layer reads", partial(replace, depth_every=8)),
+    "last": ("row4, the last layer alone reads", lambda row_4: replace(row_4, depth_every=row_4.n_layer)),
     "row3every2": ("row3, every 2nd layer reads", partial(replace, ffn_kv=False, depth_every=2)),
     "row3every4": ("row3, every 4th layer reads", partial(replace, ffn_kv=False, depth_every=4)),
     "norope": ("row4, depth keys not rotated", partial(replace, depth_rope=False)),
