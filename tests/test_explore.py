@@ -566,6 +566,7 @@ def test_a_gain_lies_on_the_other_side(browser):
 
     page.click("#plug-presets button >> text=cut all")
     worse = bars()
+    page.click("#plug-presets button >> text=cut nothing")  # a click on what is cut would take it back
     assert [x[:3] for x in worse] == [["worse", False, True]] * 2
     page.locator("[data-tip^='layer 15 without the slots of layer 14:']").click()
     better = bars()
@@ -614,10 +615,48 @@ def test_a_tap_takes_a_cut_back(browser):
     page.close()
 
 
+def test_a_finger_leaves_nothing_behind(browser):
+    """A cell that was tapped looks like any other once the step has moved on."""
+    page = opened(browser, width=420, has_touch=True, is_mobile=True)
+    page.locator("[aria-label='query sat, layer 2']").tap()
+    box = page.locator("#what-step").bounding_box()
+    y = box["y"] + box["height"] / 2
+    touch(page, (box["x"] + 90, y), (box["x"] + 120, y), (box["x"] + 160, y))
+    get = "all => all.map(e => [e.ariaChecked, getComputedStyle(e).borderColor + getComputedStyle(e).outlineStyle])"
+    cells = page.eval_on_selector_all("#what-grid button", get)
+    assert page.locator("#what-grid [aria-checked=true]").get_attribute("aria-label") != "query sat, layer 2"
+    assert len({look for chosen, look in cells if chosen != "true"}) == 1
+    page.close()
+
+
+def test_largest_weights_have_whole_names(browser):
+    for width in (420, 1440):
+        page = opened(browser, width=width)
+        for head in (0, 1, 2, 3):
+            page.goto(explore.PAGE.as_uri() + f"#layer=6&head={head}&token=48")
+            names = page.locator("#where-largest code")
+            assert not any("…" in name for name in names.all_inner_texts())
+            assert all(names.evaluate_all("all => all.map(e => e.scrollWidth <= e.clientWidth)"))
+        page.close()
+
+
+def test_the_head_of_the_page(browser):
+    page = opened(browser)
+    links = page.eval_on_selector_all("nav a", "all => all.map(e => e.hash)")
+    assert links == ["#why", "#what", "#how", "#where", "#plug", "#short"]
+    assert all(page.query_selector(link) for link in links)
+    assert not page.query_selector_all("header .worse, header .better")  # before a loss is mentioned
+    page.close()
+
+
 def test_a_tip_keeps_off_the_text_and_goes(browser):
     page = opened(browser, has_touch=True)
     page.wait_for_selector("#plug-triangle .cut")
-    page.locator("[data-tip^='layer 15 without the slots of layer 14:']").hover()
+    cell = page.locator("[data-tip^='layer 15 without the slots of layer 14:']")
+    cell.hover()
+    page.wait_for_timeout(300)  # scrolling hides it
+    cell.hover(position={"x": 5, "y": 5})
+    assert page.is_visible("#tip")
     right = "document.querySelector('{}').getBoundingClientRect().right"
     assert page.evaluate(right.format("#tip")) <= page.evaluate(right.format("#plug-triangle")) + 1
     page.close()
@@ -627,7 +666,7 @@ def test_a_tip_keeps_off_the_text_and_goes(browser):
     assert page.is_visible("#tip") and page.evaluate(right.format("#tip")) <= 420 - 12
     page.wait_for_selector("#tip", state="hidden", timeout=3000)
     says, triangle = [page.locator(x).bounding_box() for x in ("#plug-says", "#plug-triangle")]
-    assert triangle["y"] + triangle["height"] - says["y"] < 700  # what a cut costs and the triangle: one screen
+    assert says["y"] < triangle["y"] and triangle["y"] + triangle["height"] - says["y"] < 700  # what a cut costs and the triangle: one screen
     page.close()
 
 
