@@ -429,8 +429,10 @@ def test_the_play_row_stands_still(browser, width):
     step.press("Home")
     for _ in range(20):
         step.press("ArrowRight")
-        places.add(page.evaluate("""["#what-step", "#what-modes", ".under"].map(
-            x => document.querySelector(x).getBoundingClientRect().top + scrollY).join()"""))
+        places.add(
+            page.evaluate("""["#what-step", "#what-modes", ".under"].map(
+            x => document.querySelector(x).getBoundingClientRect().top + scrollY).join()""")
+        )
     assert len(places) == 1
     page.close()
 
@@ -666,7 +668,9 @@ def test_a_tip_keeps_off_the_text_and_goes(browser):
     assert page.is_visible("#tip") and page.evaluate(right.format("#tip")) <= 420 - 12
     page.wait_for_selector("#tip", state="hidden", timeout=3000)
     says, triangle = [page.locator(x).bounding_box() for x in ("#plug-says", "#plug-triangle")]
-    assert says["y"] < triangle["y"] and triangle["y"] + triangle["height"] - says["y"] < 700  # what a cut costs and the triangle: one screen
+    assert (
+        says["y"] < triangle["y"] and triangle["y"] + triangle["height"] - says["y"] < 700
+    )  # what a cut costs and the triangle: one screen
     page.close()
 
 
@@ -694,7 +698,9 @@ def test_numbers_are_those_of_the_notebook_and_the_laboratory():
     plug = (page / "plug.html").read_text(encoding="utf-8")
     shown = re.findall(r'<b class="num">\+(\S+)</b><i style="width: (\S+)%">', plug)
     for (number, width), x in zip(shown, (removed, emptied, twin), strict=True):
-        assert float(number) == pytest.approx(x, abs=0.005) and float(width) == pytest.approx(100 * x / removed, abs=0.5)
+        assert float(number) == pytest.approx(x, abs=0.005) and float(width) == pytest.approx(
+            100 * x / removed, abs=0.5
+        )
     outro = (page / "outro.html").read_text(encoding="utf-8")
     results = explore.NOTEBOOKS.parent / "experiments" / "results"
     pairs = re.findall(r"--x: (\S+)\"></i><b>(\S+)</b>", outro)
@@ -705,7 +711,9 @@ def test_numbers_are_those_of_the_notebook_and_the_laboratory():
             ("quality.md", r"^\| 24 \| post \| Muon \| 1 \| (\S+) .*\| (\S+) ± \S+ \| -(\S+) ± (\S+) \(3\) \| \S+ \|$"),
         )
     ]
-    for (plain, moda), (without, with_, gain, spread) in zip(zip(pairs[::2], pairs[1::2], strict=True), rows, strict=True):
+    for (plain, moda), (without, with_, gain, spread) in zip(
+        zip(pairs[::2], pairs[1::2], strict=True), rows, strict=True
+    ):
         assert plain[0] == plain[1] and moda[0] == moda[1]
         assert float(plain[0]) == pytest.approx(float(without), abs=6e-4)
         assert float(moda[0]) == pytest.approx(float(with_), abs=6e-4)
