@@ -363,6 +363,101 @@ def squares(page):
     return {(len(rows) // n - 1 - i // n, i % n): row for i, row in enumerate(rows)}
 
 
+def test_the_picture_dissolves(browser):
+    """Plain after one layer, gone after ten; sharp in a slot, and at sharpness 0 all slots get the same weight."""
+    page = opened(browser)
+
+    def set_to(slider, value):
+        page.eval_on_selector(slider, "(e, value) => { e.value = value; e.oninput(); }", value)
+
+    def said(which):
+        return page.locator(f"{which} ~ span").inner_text()
+
+    def weights():
+        labels = page.eval_on_selector_all("#why-strip button:not([hidden])", "all => all.map(e => e.ariaLabel)")
+        return [float(re.search(r"weight (\S+)%", x)[1]) for x in labels]
+
+    cat = []
+    for layers in range(1, 13):
+        set_to("#why-layers", layers)
+        cat.append(float(re.search(r"the cat is (\S+)% of it", said("#why-sum"))[1]))
+    assert cat == sorted(cat, reverse=True)
+    assert cat[0] > 90 and 10 < cat[4] < 30 and cat[9] < 3
+    page.reload()
+    page.wait_for_selector("#where-map button")
+    assert "the cat is 1.8% of it" in said("#why-sum")  # the dissolved one beside the sharp one
+    assert said("#why-read") == "100% like ffn 0, which held the cat alone"
+    page.click("#why-strip button >> text=attn 9")
+    assert said("#why-read").startswith("100% like attn 9, which held ")
+    shown = page.locator("#why-strip button:has-text('attn 9') em").inner_text()
+    assert int(shown) > 90 and max(weights()) > 90  # late slots can be told apart
+    set_to("#why-sharp", 0)
+    assert len(weights()) == 19 and weights() == pytest.approx([100 / 19] * 19, abs=0.1)
+    assert said("#why-read").startswith("all slots mixed")
+    assert not page.wrong
+    page.close()
+
+
+def test_pointing_changes_nothing_and_drags_can_be_undone(browser):
+    page = opened(browser)
+    step, bars = page.locator("#what-step"), page.locator("#what-bars [role=slider]")
+    assert page.is_disabled("#what-reset")
+    before, grid = step.input_value(), squares(page)
+    page.locator("[aria-label='query sat, layer 2']").hover()
+    assert step.input_value() == before and squares(page) != grid
+    page.locator("#what-says").hover()
+    assert step.input_value() == before and squares(page) == grid
+    texts = bars.evaluate_all("all => all.map(e => e.ariaValueText)")
+    drag(page, bars.nth(4), 35)
+    assert bars.evaluate_all("all => all.map(e => e.ariaValueText)") != texts
+    page.click("#what-reset")
+    assert bars.evaluate_all("all => all.map(e => e.ariaValueText)") == texts and page.is_disabled("#what-reset")
+    page.click("#what-play")
+    page.locator("[aria-label='query sat, layer 2']").hover()
+    page.locator("[aria-label='query sat, layer 3']").hover()
+    assert "pause" in page.inner_text("#what-play")  # still on
+    page.click("#what-play")
+    step.fill("48")
+    assert "one step ago" in page.inner_text("#what-budget")  # whose the faded bars are
+    page.close()
+
+
+@pytest.mark.parametrize("width", [420, 1440])
+def test_the_play_row_stands_still(browser, width):
+    page = opened(browser, width=width)
+    step, places = page.locator("#what-step"), set()
+    step.press("Home")
+    for _ in range(20):
+        step.press("ArrowRight")
+        places.add(
+            page.evaluate("""["#what-step", "#what-modes", ".under"].map(
+            x => document.querySelector(x).getBoundingClientRect().top + scrollY).join()""")
+        )
+    assert len(places) == 1
+    page.close()
+
+
+def test_what_flash_attention_hands_over_is_said(browser):
+    page = opened(browser)
+    assert "the old sums shrink" in page.inner_text("#how-code")  # the opening state shows the idea
+    pressed = page.locator("#how-flash")
+    assert pressed.get_attribute("aria-pressed") == "false"
+    pressed.click()
+    assert pressed.get_attribute("aria-pressed") == "true" and "lse of the tokens" in page.inner_text("#how-state")
+    z, n_seq = DATA["how"]["z"], DATA["how"]["n_seq"]
+    lse = np.log(np.exp(z[:n_seq]).sum())
+    for i in range(n_seq, len(z)):
+        page.click("#how-on")
+        m = max([lse, *z[n_seq : i + 1]])
+        assert f"{m:.3f}" in page.inner_text("#how-state")
+        assert ("lse of the tokens" in page.inner_text("#how-state")) == (m == lse)
+        assert pressed.get_attribute("aria-pressed") == "true"
+    page.locator("#how-keys").fill(str(n_seq))
+    page.click("#how-back")
+    assert pressed.get_attribute("aria-pressed") == "false" and "key by key again" in page.inner_text("#how-says")
+    page.close()
+
+
 def test_a_query_lights_its_row_and_its_column(browser):
     page = opened(browser)
     page.locator("[aria-label='query sat, layer 2']").hover()
@@ -473,6 +568,7 @@ def test_a_gain_lies_on_the_other_side(browser):
 
     page.click("#plug-presets button >> text=cut all")
     worse = bars()
+    page.click("#plug-presets button >> text=cut nothing")  # a click on what is cut would take it back
     assert [x[:3] for x in worse] == [["worse", False, True]] * 2
     page.locator("[data-tip^='layer 15 without the slots of layer 14:']").click()
     better = bars()
@@ -500,12 +596,142 @@ def test_a_finger_cuts(browser):
     page.close()
 
 
+def test_a_tap_takes_a_cut_back(browser):
+    page = opened(browser, has_touch=True)
+    page.wait_for_selector("#plug-triangle .cut")
+    cell = page.locator("[data-tip^='layer 9 without the slots of layer 3:']")
+    assert "Layers 8 to 15" in page.inner_text("#plug-says")
+    cell.click()
+    assert "Nothing is cut" in page.inner_text("#plug-says")
+    cell.tap()
+    assert page.inner_text("#plug-says") == "Layer 9 cannot read the slots of layer 3."
+    cell.tap()
+    assert "Nothing is cut" in page.inner_text("#plug-says")
+    page.focus("#plug-triangle")  # keyboard
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#plug-says") == "Layer 10 cannot read the slots of layer 3."
+    page.keyboard.press("Enter")
+    assert "Nothing is cut" in page.inner_text("#plug-says")
+    page.keyboard.press("Enter")
+    assert page.inner_text("#plug-says") == "Layer 10 cannot read the slots of layer 3."
+    page.close()
+
+
+def test_a_finger_leaves_nothing_behind(browser):
+    """A cell that was tapped looks like any other once the step has moved on."""
+    page = opened(browser, width=420, has_touch=True, is_mobile=True)
+    page.locator("[aria-label='query sat, layer 2']").tap()
+    box = page.locator("#what-step").bounding_box()
+    y = box["y"] + box["height"] / 2
+    touch(page, (box["x"] + 90, y), (box["x"] + 120, y), (box["x"] + 160, y))
+    get = "all => all.map(e => [e.ariaChecked, getComputedStyle(e).borderColor + getComputedStyle(e).outlineStyle])"
+    cells = page.eval_on_selector_all("#what-grid button", get)
+    assert page.locator("#what-grid [aria-checked=true]").get_attribute("aria-label") != "query sat, layer 2"
+    assert len({look for chosen, look in cells if chosen != "true"}) == 1
+    page.close()
+
+
+def test_largest_weights_have_whole_names(browser):
+    for width in (420, 1440):
+        page = opened(browser, width=width)
+        for head in (0, 1, 2, 3):
+            page.goto(explore.PAGE.as_uri() + f"#layer=6&head={head}&token=48")
+            names = page.locator("#where-largest code")
+            assert not any("…" in name for name in names.all_inner_texts())
+            assert all(names.evaluate_all("all => all.map(e => e.scrollWidth <= e.clientWidth)"))
+        page.close()
+
+
+def test_the_head_of_the_page(browser):
+    page = opened(browser)
+    links = page.eval_on_selector_all("nav a", "all => all.map(e => e.hash)")
+    assert links == ["#why", "#what", "#how", "#where", "#plug", "#short"]
+    assert all(page.query_selector(link) for link in links)
+    assert not page.query_selector_all("header .worse, header .better")  # before a loss is mentioned
+    page.close()
+
+
+def test_a_tip_keeps_off_the_text_and_goes(browser):
+    page = opened(browser, has_touch=True)
+    page.wait_for_selector("#plug-triangle .cut")
+    cell = page.locator("[data-tip^='layer 15 without the slots of layer 14:']")
+    cell.hover()
+    page.wait_for_timeout(300)  # scrolling hides it
+    cell.hover(position={"x": 5, "y": 5})
+    assert page.is_visible("#tip")
+    right = "document.querySelector('{}').getBoundingClientRect().right"
+    assert page.evaluate(right.format("#tip")) <= page.evaluate(right.format("#plug-triangle")) + 1
+    page.close()
+    page = opened(browser, width=420, has_touch=True)
+    page.wait_for_selector("#plug-triangle .cut")
+    page.locator("[data-tip^='layer 15 without the slots of layer 14:']").tap()
+    assert page.is_visible("#tip") and page.evaluate(right.format("#tip")) <= 420 - 12
+    page.wait_for_selector("#tip", state="hidden", timeout=3000)
+    says, triangle = [page.locator(x).bounding_box() for x in ("#plug-says", "#plug-triangle")]
+    assert (
+        says["y"] < triangle["y"] and triangle["y"] + triangle["height"] - says["y"] < 700
+    )  # what a cut costs and the triangle: one screen
+    page.close()
+
+
+def test_the_triangles_colours_are_those_of_its_scale(browser):
+    """Full colour at 0.05 nats, as the scale above it says."""
+    page = opened(browser)
+    page.wait_for_selector("#plug-triangle .cut")
+    page.click("#plug-presets button >> text=cut nothing")
+    assert "−0.05" in page.inner_text("#plug-scale") and "+0.05" in page.inner_text("#plug-scale")
+    get = "all => all.map(e => [e.dataset.tip, e.style.background])"
+    for tip, style in page.eval_on_selector_all("#plug-triangle [data-tip]", get):
+        loss = float(tip.split()[-1].replace("−", "-"))
+        shown = float(re.search(r"([\d.]+)%", style)[1])
+        assert shown == pytest.approx(min(100, 2000 * abs(loss)), abs=1.1)
+    page.close()
+
+
+def test_numbers_are_those_of_the_notebook_and_the_laboratory():
+    """The bars of all slots are notebook 04's, the gains and costs those of experiments/results."""
+    page = explore.NOTEBOOKS / "page"
+    cells = json.loads((explore.NOTEBOOKS / "04_depth_attention.ipynb").read_text(encoding="utf-8"))["cells"]
+    printed = "".join("".join(x.get("text", [])) for cell in cells for x in cell.get("outputs", []))
+    removed, emptied = map(float, re.search(r"all slots removed \+(\S+) .*emptied \+(\S+) ", printed).groups())
+    twin = float(re.search(r"difference -(\S+) ", printed)[1])
+    plug = (page / "plug.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<b class="num">\+(\S+)</b><i style="width: (\S+)%">', plug)
+    for (number, width), x in zip(shown, (removed, emptied, twin), strict=True):
+        assert float(number) == pytest.approx(x, abs=0.005) and float(width) == pytest.approx(
+            100 * x / removed, abs=0.5
+        )
+    outro = (page / "outro.html").read_text(encoding="utf-8")
+    results = explore.NOTEBOOKS.parent / "experiments" / "results"
+    pairs = re.findall(r"--x: (\S+)\"></i><b>(\S+)</b>", outro)
+    rows = [
+        re.search(pattern, (results / name).read_text(encoding="utf-8"), re.MULTILINE).groups()
+        for name, pattern in (
+            ("quality_linux.md", r"^\| 24 \| post \| Muon \| 64 \| (\S+) .*\| (\S+) ± \S+ \| -(\S+) ± (\S+) \(3\) \|$"),
+            ("quality.md", r"^\| 24 \| post \| Muon \| 1 \| (\S+) .*\| (\S+) ± \S+ \| -(\S+) ± (\S+) \(3\) \| \S+ \|$"),
+        )
+    ]
+    for (plain, moda), (without, with_, gain, spread) in zip(
+        zip(pairs[::2], pairs[1::2], strict=True), rows, strict=True
+    ):
+        assert plain[0] == plain[1] and moda[0] == moda[1]
+        assert float(plain[0]) == pytest.approx(float(without), abs=6e-4)
+        assert float(moda[0]) == pytest.approx(float(with_), abs=6e-4)
+        said = re.search(rf"−{float(gain):.3f} ± {float(spread):.3f}: (\S+)%", outro)
+        assert float(said[1]) == pytest.approx(100 * float(gain) / float(without), abs=0.15)
+    readme = (results.parent / "README.md").read_text(encoding="utf-8")
+    speeds = re.findall(r"^\| \S+, H100 \|[^|]+\|[^|]+\| (0\.\d\d) \|", readme, re.MULTILINE)
+    assert re.findall(r"width \S+</th><td>(0\.\d\d)<", outro) == speeds
+
+
 def test_pointing_at_a_token_tells_what_the_cut_did(browser):
     page = opened(browser)
     page.wait_for_selector("#plug-triangle .cut")
     page.locator("#plug .text").first.locator("> span").nth(18).hover()
-    assert "It is ·path." in page.inner_text("#plug-token")
-    assert len(page.query_selector_all("#plug-token tr")) == 3  # uncut, removed, emptied
+    assert "is ·path." in page.inner_text("#plug-token")
+    assert page.locator("#plug-token tbody th").all_inner_texts() == ["uncut", "removed", "emptied"]
+    heads = page.locator("#plug-token thead th").all_inner_texts()
+    assert heads == ["", "likeliest", "right?", "its chance", "loss: −ln of the right one’s chance"]
     page.close()
 
 

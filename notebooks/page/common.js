@@ -7,7 +7,7 @@ const range = n => Array.from({ length: n }, (_, i) => i);
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const visible = text => text.replaceAll("\n", "⏎").replaceAll(" ", "·");
 const label = text => /^ {2,}$/.test(text) ? `${text.length} spaces` : visible(text);
-const short = text => text.length > 12 ? text.slice(0, 11) + "…" : text;
+const short = (text, most = 12) => text.length > most ? text.slice(0, most - 1) + "…" : text;
 const kindOf = name => name.split(" ")[0];  // "attn" or "ffn" of a slot's name
 
 function add(parent, tag, properties = {}, ...children) {
@@ -106,13 +106,19 @@ async function unpack(text, Type) {
   return new Type(await new Response(stream).arrayBuffer());
 }
 
-// Whatever has data-tip shows it to a mouse above it, or to a finger that touches it.
+// Whatever has data-tip shows it to a mouse above it, or for a moment to a finger that touches it. The tip stays above the
+// picture that it belongs to, if it is no wider.
+let tipTimer;
 for (const type of ["pointermove", "pointerdown"]) document.addEventListener(type, event => {
   const tip = $("#tip"), target = event.target.closest("[data-tip]");
+  clearTimeout(tipTimer);
   tip.hidden = !target;
   if (!target) return;
   tip.textContent = target.dataset.tip;
-  tip.style.left = clamp(event.clientX + 14, 4, innerWidth - tip.offsetWidth - 4) + "px";
+  const box = target.parentElement.getBoundingClientRect(), width = tip.offsetWidth;
+  const right = Math.min(box.right, innerWidth - 12) - width;
+  tip.style.left = clamp(event.clientX + 14, 12, Math.max(12, box.left, right)) + "px";
   tip.style.top = Math.max(4, event.clientY - tip.offsetHeight - 12) + "px";
+  if (event.pointerType === "touch") tipTimer = setTimeout(() => tip.hidden = true, 1500);
 });
 addEventListener("scroll", () => $("#tip").hidden = true);
