@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import operator
 import os
 import random
@@ -276,7 +277,11 @@ def test_large_logits(largest, impl):
     delta = (p * dp).sum(-1, keepdim=True)
     off = p * ((dp - delta).abs() + (p * dp.abs()).sum(-1, keepdim=True))
     bound = 2**-23 * (largest + 8) * head_dim**-0.5 * (off.unsqueeze(-1) * keys.abs()).sum(3)
-    assert ((dq(torch.float32, impl) - dq(torch.float64, "reference")).abs() <= bound).all()
+    want = dq(torch.float64, "reference")
+    error = dq(torch.float32, impl) - want
+    assert (error.abs() <= bound).all()
+    documented = {30: 1e-6, 100: 3e-6, 1000: 1e-4}.get(largest, math.inf)
+    assert error.norm() <= 2 * documented * want.norm()  # 2: other CPUs sum in other orders
 
 
 # ------------------------------------------------------------------------- 2. before the work, or at least not after it
