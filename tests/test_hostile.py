@@ -340,13 +340,16 @@ def test_a_terminal_that_is_not_utf8(text, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_what_a_cluster_sends_is_ctrl_c(whole, text, tmp_path, monkeypatch, name):  # noqa: F811
     signum = getattr(signal, name, None) or pytest.skip(f"no {name}")
-    before = signal.getsignal(signum)
-    with (
-        at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signum)),
-        pytest.raises(SystemExit, match=r"stopped and saved after step 4"),
-    ):
-        main(arguments(tmp_path, text, "--optimizer", whole[2]))
-    assert signal.getsignal(signum) is before
+    before = signal.signal(signum, signal.SIG_DFL)  # these tests may themselves run under nohup
+    try:
+        with (
+            at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signum)),
+            pytest.raises(SystemExit, match=r"stopped and saved after step 4"),
+        ):
+            main(arguments(tmp_path, text, "--optimizer", whole[2]))
+        assert signal.getsignal(signum) is signal.SIG_DFL
+    finally:
+        signal.signal(signum, before)
     main(["--out", str(tmp_path), "--resume"])
     assert_same_run(whole[0], tmp_path)
 
