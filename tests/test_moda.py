@@ -116,6 +116,7 @@ def test_loss():
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)  # computed in float32
     torch.testing.assert_close(logits, model(idx)[0])
     torch.testing.assert_close(model(idx.int())[0], logits)
+    assert model(idx, torch.full_like(idx, -1))[1].isnan()  # of nothing there is no mean
 
 
 def test_rotary_angles():
