@@ -501,7 +501,8 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
     Returns out (B, n_head, T_q, head_dim) in q's dtype, or (out, lse). Differentiable in all five tensors, once.
     The reference can be differentiated again. It takes over in forward mode and within torch.func, and only it exports
     to ONNX. Autocast casts the inputs as for PyTorch's own attention. In float32 a backward knows each weight to 1.2e-7
-    times the largest logit: gradients lose precision where logits exceed 1,000.
+    times the largest logit. For random tensors dq is off by 1e-6 of its norm where logits reach 30, by 3e-6 at 100, by
+    1e-4 at 1,000. At 10,000 softmax picks one key, the true dq nearly vanishes, and rounding can be all there is.
     A NaN or infinity in a slot may spread to neighbouring positions: the kernels multiply what they mask by 0.
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_q > T_kv with causal and for empty tensors;
     for a tensor as scale, which would get no gradient; for an `impl` that is unknown or cannot run here."""

@@ -340,6 +340,8 @@ class MoDA(nn.Module):
             x = self.embed(idx)
         except IndexError as error:
             raise ValueError(f"idx must be from 0 to below vocab_size ({self.config.vocab_size})") from error
+        if self.cos.device != x.device:  # made on the meta device, then given weights with assign=True
+            self.cos, self.sin = rotary_table(self.config, x)
         x = self.layers(x, (self.cos[start:stop], self.sin[start:stop]), stream, cache)
         if cache is not None:
             cache.length = stop
@@ -371,7 +373,7 @@ class MoDA(nn.Module):
         if not fits or (top_k is not None and top_k < 1):
             raise ValueError("need ids as tensor or lists, temperature from 0 to 1000, max_new_tokens >= 0, top_k >= 1")
         if isinstance(idx, list):
-            rows = [torch.as_tensor(x, device=self.cos.device)[None] for x in idx]  # (1, T) each
+            rows = [torch.as_tensor(x, device=self.embed.weight.device)[None] for x in idx]  # (1, T) each
             return [self.generate(x, max_new_tokens, temperature, top_k, use_cache, stop)[0] for x in rows]
         context, cache = idx, self.new_cache(len(idx)) if use_cache else None
         for n_new in range(1, max_new_tokens + 1):

@@ -60,6 +60,8 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("moda.py:rotary_table", ".double()", ".float()"),
     ("moda.py:MoDA._apply", "if self.cos is not before:", "if False:"),
     ("moda.py:MoDA._apply", "rotary_table(self.config, self.cos)", "rotary_table(self.config, self.embed.weight)"),
+    ("moda.py:MoDA.hidden", "rotary_table(self.config, x)", "rotary_table(self.config, self.cos)"),
+    ("moda.py:MoDA.generate", "device=self.embed.weight.device", "device=self.cos.device"),
     ("moda.py:Attention.heads", "self.q_norm(q.to(self.wq.weight.dtype))", "self.q_norm(q)"),
     ("moda.py:Attention.heads", "if not self.writes:", "if False:"),
     ("moda.py:Block.forward", "attn.ffn_kv(h)", "attn.ffn_kv(x)"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import operator
 import os
 import random
@@ -276,7 +277,11 @@ def test_large_logits(largest, impl):
     delta = (p * dp).sum(-1, keepdim=True)
     off = p * ((dp - delta).abs() + (p * dp.abs()).sum(-1, keepdim=True))
     bound = 2**-23 * (largest + 8) * head_dim**-0.5 * (off.unsqueeze(-1) * keys.abs()).sum(3)
-    assert ((dq(torch.float32, impl) - dq(torch.float64, "reference")).abs() <= bound).all()
+    want = dq(torch.float64, "reference")
+    error = dq(torch.float32, impl) - want
+    assert (error.abs() <= bound).all()
+    documented = {30: 1e-6, 100: 3e-6, 1000: 1e-4}.get(largest, math.inf)
+    assert error.norm() <= 2 * documented * want.norm()  # 2: other CPUs sum in other orders
 
 
 # ------------------------------------------------------------------------- 2. before the work, or at least not after it
@@ -335,13 +340,16 @@ def test_a_terminal_that_is_not_utf8(text, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_what_a_cluster_sends_is_ctrl_c(whole, text, tmp_path, monkeypatch, name):  # noqa: F811
     signum = getattr(signal, name, None) or pytest.skip(f"no {name}")
-    before = signal.getsignal(signum)
-    with (
-        at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signum)),
-        pytest.raises(SystemExit, match=r"stopped and saved after step 4"),
-    ):
-        main(arguments(tmp_path, text, "--optimizer", whole[2]))
-    assert signal.getsignal(signum) is before
+    before = signal.signal(signum, signal.SIG_DFL)  # these tests may themselves run under nohup
+    try:
+        with (
+            at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signum)),
+            pytest.raises(SystemExit, match=r"stopped and saved after step 4"),
+        ):
+            main(arguments(tmp_path, text, "--optimizer", whole[2]))
+        assert signal.getsignal(signum) is signal.SIG_DFL
+    finally:
+        signal.signal(signum, before)
     main(["--out", str(tmp_path), "--resume"])
     assert_same_run(whole[0], tmp_path)
 
@@ -554,7 +562,8 @@ def test_more_maps_than_memory():
 
 
 CODE = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-PRIVATE = sorted(set(re.findall(r"\b(?:torch|aten|forward_ad|Variable)\._[a-zA-Z][\w.]+", CODE)))
+CODE = re.sub(r"from (torch[\w.]*) import (_\w+)", r"\1.\2", CODE)
+PRIVATE = sorted(set(re.findall(r"\b(?:torch|aten|forward_ad|Variable)(?:\.[a-z]\w*)*\._[a-zA-Z][\w.]+", CODE)))
 
 
 @pytest.mark.parametrize("name", PRIVATE)
@@ -572,4 +581,8 @@ def test_the_private_names_are_these():
         "torch._C._current_graph_task_id",
         "torch._C._functorch.peek_interpreter_stack",
         "torch._dynamo.config",
+        "torch._foreach_lerp_",
+        "torch._foreach_mul_",
+        "torch._foreach_sub_",
+        "torch.optim._muon._adjust_lr",
     ]

@@ -116,6 +116,7 @@ def test_loss():
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)  # computed in float32
     torch.testing.assert_close(logits, model(idx)[0])
     torch.testing.assert_close(model(idx.int())[0], logits)
+    assert model(idx, torch.full_like(idx, -1))[1].isnan()  # of nothing there is no mean
 
 
 def test_rotary_angles():
@@ -162,6 +163,17 @@ def test_model_made_without_memory():
         assert torch.equal(model.cos, MoDA(SMALL).cos) and torch.equal(model.sin, MoDA(SMALL).sin)
     cos = model.cos
     assert model.float().cpu().cos is cos  # where nothing changes, a recorded CUDA graph still finds it
+
+
+def test_a_model_on_the_meta_device_takes_the_weights_it_is_given():
+    """assign=True passes by `_apply`: the rotary table, which no state_dict holds, is made at the first use."""
+    trained, idx = random_model(), tokens(T=4)
+    for use in (lambda model: model(idx)[0], lambda model: model.generate(idx.tolist(), 3, 0)[0]):
+        with torch.device("meta"):
+            model = MoDA(SMALL)
+        model.load_state_dict(trained.state_dict(), assign=True)
+        torch.testing.assert_close(use(model), use(trained), rtol=0, atol=0)
+        assert torch.equal(model.cos, trained.cos) and torch.equal(model.sin, trained.sin)
 
 
 # ------------------------------------------------------------------------------------------------------- who sees what
