@@ -340,7 +340,7 @@ class MoDA(nn.Module):
             x = self.embed(idx)
         except IndexError as error:
             raise ValueError(f"idx must be from 0 to below vocab_size ({self.config.vocab_size})") from error
-        if self.cos.device != x.device:  # made on the meta device, then given weights with assign=True
+        if self.cos.is_meta:  # a model made on the meta device, then given weights with assign=True
             self.cos, self.sin = rotary_table(self.config, x)
         x = self.layers(x, (self.cos[start:stop], self.sin[start:stop]), stream, cache)
         if cache is not None:
