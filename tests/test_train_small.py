@@ -30,6 +30,16 @@ QUICK = {"steps": 10, "warmup": 2, "eval_every": 5, "eval_tokens": 256, "save_ev
 EVIL = []  # stays empty unless a checkpoint gets to run code
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C counts: a background job of a script, as these tests may be, ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A file of 20 kB of made-up lines, some letters of which take two, three or four bytes."""
