@@ -405,8 +405,13 @@ def test_pointing_changes_nothing_and_drags_can_be_undone(browser):
     before, grid = step.input_value(), squares(page)
     page.locator("[aria-label='query sat, layer 2']").hover()
     assert step.input_value() == before and squares(page) != grid
+    said = page.inner_text("#what-says")
+    assert (
+        said == "“sat” in layer 2 would read 3 keys of its row and 4 slots of its column. Click to make it the query."
+    )
     page.locator("#what-says").hover()
     assert step.input_value() == before and squares(page) == grid
+    assert page.inner_text("#what-says").startswith("“the” attends in layer 3")
     texts = bars.evaluate_all("all => all.map(e => e.ariaValueText)")
     drag(page, bars.nth(4), 35)
     assert bars.evaluate_all("all => all.map(e => e.ariaValueText)") != texts
@@ -731,7 +736,20 @@ def test_pointing_at_a_token_tells_what_the_cut_did(browser):
     assert "is ·path." in page.inner_text("#plug-token")
     assert page.locator("#plug-token tbody th").all_inner_texts() == ["uncut", "removed", "emptied"]
     heads = page.locator("#plug-token thead th").all_inner_texts()
-    assert heads == ["", "likeliest", "right?", "its chance", "loss: −ln of the right one’s chance"]
+    assert heads == ["", "likeliest", "right?", "its chance", "the right token’s chance"]
+    of = {
+        True: [],
+        False: [],
+    }  # the right token's chance is the likeliest's where that is right, and below it elsewhere
+    for t in range(len(DATA["plug"]["tokens"]) - 1):
+        page.locator("#plug .text").first.locator("> span").nth(t).click()
+        rows = page.locator("#plug-token tbody tr").evaluate_all(
+            "rows => rows.map(row => [...row.cells].map(x => x.innerText))"
+        )
+        for _, _, right, chance, its in rows:
+            of[right == "✓"].append([float(x.removeprefix("under ").removesuffix("%")) for x in (chance, its)])
+    assert of[True] and all(a == b for a, b in of[True])
+    assert of[False] and all(b <= a for a, b in of[False])
     page.close()
 
 
