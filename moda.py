@@ -307,6 +307,7 @@ class MoDA(nn.Module):
         self.norm = rms_norm(config.n_embd) if config.norm == "pre" else nn.Identity()
         for name, table in zip(("cos", "sin"), rotary_table(config, self.embed.weight), strict=True):
             self.register_buffer(name, table, persistent=False)
+        self.register_load_state_dict_post_hook(MoDA._loaded)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -320,6 +321,10 @@ class MoDA(nn.Module):
         if self.cos is not before:
             self.cos, self.sin = rotary_table(self.config, self.cos)
         return result
+
+    def _loaded(self, keys):
+        if self.cos.is_meta:  # and perhaps the weights no longer: assign=True passes by `_apply`
+            self.cos, self.sin = rotary_table(self.config, self.embed.weight)
 
     def forward(self, idx, targets=None):
         """idx (B, T) token ids, T <= block_size; targets (B, T) int64 or None; -1 leaves a position out (all: NaN).
@@ -340,8 +345,6 @@ class MoDA(nn.Module):
             x = self.embed(idx)
         except IndexError as error:
             raise ValueError(f"idx must be from 0 to below vocab_size ({self.config.vocab_size})") from error
-        if self.cos.is_meta:  # a model made on the meta device, then given weights with assign=True
-            self.cos, self.sin = rotary_table(self.config, x)
         x = self.layers(x, (self.cos[start:stop], self.sin[start:stop]), stream, cache)
         if cache is not None:
             cache.length = stop
@@ -373,7 +376,7 @@ class MoDA(nn.Module):
         if not fits or (top_k is not None and top_k < 1):
             raise ValueError("need ids as tensor or lists, temperature from 0 to 1000, max_new_tokens >= 0, top_k >= 1")
         if isinstance(idx, list):
-            rows = [torch.as_tensor(x, device=self.embed.weight.device)[None] for x in idx]  # (1, T) each
+            rows = [torch.as_tensor(x, device=self.cos.device)[None] for x in idx]  # (1, T) each
             return [self.generate(x, max_new_tokens, temperature, top_k, use_cache, stop)[0] for x in rows]
         context, cache = idx, self.new_cache(len(idx)) if use_cache else None
         for n_new in range(1, max_new_tokens + 1):

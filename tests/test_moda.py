@@ -1,5 +1,6 @@
 """The model: against the same model written naively, and property by property on whole models."""
 
+import copy
 import dataclasses
 import math
 from dataclasses import replace
@@ -165,15 +166,17 @@ def test_model_made_without_memory():
     assert model.float().cpu().cos is cos  # where nothing changes, a recorded CUDA graph still finds it
 
 
-def test_a_model_on_the_meta_device_takes_the_weights_it_is_given():
-    """assign=True passes by `_apply`: the rotary table, which no state_dict holds, is made at the first use."""
+@pytest.mark.parametrize("change", [lambda model: model, copy.deepcopy, nn.Module.double], ids=["", "copy", "cast"])
+def test_a_model_on_the_meta_device_takes_the_weights_it_is_given(change):
+    """assign=True passes by `_apply`; no state_dict holds the rotary table."""
     trained, idx = random_model(), tokens(T=4)
-    for use in (lambda model: model(idx)[0], lambda model: model.generate(idx.tolist(), 3, 0)[0]):
-        with torch.device("meta"):
-            model = MoDA(SMALL)
-        model.load_state_dict(trained.state_dict(), assign=True)
-        torch.testing.assert_close(use(model), use(trained), rtol=0, atol=0)
-        assert torch.equal(model.cos, trained.cos) and torch.equal(model.sin, trained.sin)
+    with torch.device("meta"):
+        model = change(MoDA(SMALL))
+    model.load_state_dict(trained.state_dict(), assign=True)
+    model = change(model)
+    assert torch.equal(model.cos, trained.cos) and torch.equal(model.sin, trained.sin)
+    torch.testing.assert_close(model(idx)[0], trained(idx)[0], rtol=0, atol=0)
+    assert torch.equal(model.generate(idx.tolist(), 3, 0)[0], trained.generate(idx.tolist(), 3, 0)[0])
 
 
 # ------------------------------------------------------------------------------------------------------- who sees what
