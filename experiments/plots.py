@@ -317,7 +317,7 @@ def draw_front(lines, timed):
     axes.annotate("plain Transformer", (0, 0), (9, 4), textcoords="offset points", fontsize=9)
     right = max([extra for extra, *_ in points], default=1)
     axes.set(xlim=(0, 1.45 * right), ylim=(0, None), ylabel="loss below the baseline's, nats per token")
-    axes.set_xlabel("extra time of forward and backward")
+    axes.set_xlabel("extra time of forward and backward (one H100, width 512)")
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     titled(axes, f"24 layers, {tokens:g} million tokens of C code: what less loss costs in time")
     return figure
