@@ -15,6 +15,7 @@ ROWS = {  # of the paper's Table 3, and variants: what it is, and a function tha
     "wide": ("plain, as many parameters as row4", plain),
     "longer": ("plain, as much time as row4 took", plain),
     "longer3": ("plain, as much time as row3 took", plain),
+    "longer4": ("plain, as much time as every4 took", plain),
     "window4": ("row4, the last 4 slots", partial(replace, depth_window=4)),
     "window8": ("row4, the last 8 slots", partial(replace, depth_window=8)),
     "window16": ("row4, the last 16 slots", partial(replace, depth_window=16)),

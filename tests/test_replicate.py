@@ -118,11 +118,12 @@ def test_the_committed_report_is_that_of_the_committed_runs(place):
 
 
 def test_as_many_steps_as_the_time_of_the_other_buys():
-    speeds = [("plain", 150), ("plain", 200), ("row4", 160), ("row3", 100)]
+    speeds = [("plain", 150), ("plain", 200), ("row4", 160), ("row3", 100), ("every4", 175)]
     done = [{"cell": f"1l-post-{row}", "tokens_per_s": speed} for row, speed in speeds]
     done.append({"cell": "2l-post-plain", "tokens_per_s": 900})
-    steps = {row: replicate.steps_of(f"1l-post-{row}", row, 80, done) for row in ("plain", "row4", "longer", "longer3")}
-    assert steps == {"plain": 80, "row4": 80, "longer": 100, "longer3": 160}
+    rows = "plain", "row4", "longer", "longer3", "longer4"
+    steps = [replicate.steps_of(f"1l-post-{row}", row, 84, done) for row in rows]
+    assert steps == [84, 84, 105, 168, 96]
 
 
 def test_a_budget_is_read_once(place, monkeypatch, capsys):
