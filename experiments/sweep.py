@@ -3,10 +3,10 @@
     python -m experiments.sweep --tokens 64 --gpus 0 1 --each 2 --minutes 60
 
 For each row the learning rate is searched with seed 0, on a grid of factor sqrt(2), until both neighbours of the best
-are worse. Then come the other seeds at the best rate, then half the warmup. The rows of equal time, "longer" and
-its kin, take plain's setting. With --lr there is no search: the rows at that rate, seed by seed. Each run is one of replicate.py: it
-is not repeated once its line is in the results, and after a cut it goes on where it was. The text's tokens must lie in
-runs/: see texts.py.
+are worse. Then come the other seeds at the best rate, then half the warmup. The rows of equal time, "longer" and its
+kin, take plain's setting. With --lr there is no search: the rows at that rate, seed by seed. Each run is one of
+replicate.py: it is not repeated once its line is in the results, and after a cut it goes on where it was. The text's
+tokens must lie in runs/: see texts.py.
 
 One run has a GPU to itself, unless --each says otherwise. Sharing one gains little on an H100, even under NVIDIA MPS
 (nvidia-cuda-mps-control -d). With --minutes, the runs still going are saved and stopped.
