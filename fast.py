@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernel
 from moda import Attention, Block, DepthStream, KVCache, KVProjection, MoDA, SwiGLU
-from slots import Attend, SlotBuffers, Write
+from slots import Attend, SlotBuffers, Write, place
 
 # ----------------------------------------------------------------------------------------------------- the model
 
@@ -228,7 +228,8 @@ class TokenPass:
     """All layers for one new token, with tensors of one size and address, and so fit to be recorded.
 
     A layer's keys lie in one buffer, [slots | sequence], and so do its values. Attention is then PyTorch's, over the
-    whole buffer, with a mask on slots that the layer does not read and on positions to come. This is the stream, too.
+    whole buffer, with a mask on slots that the layer does not read and on positions to come. Where Triton can run, one
+    kernel normalises, rotates and stores; elsewhere this is moda.py's stream.
     """
 
     def __init__(self, model, shape, like):
@@ -242,11 +243,17 @@ class TokenPass:
         for layer in range(n_layer):
             hidden[layer, model.config.slots_read(layer)] = False
         self.mask = torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, float("-inf"))
+        self.has_kernel = kernel._why_not_triton(like) is None
 
     def __call__(self, x, position):
         """x (B, 1, n_embd), position (1,) -> the same shape."""
-        self.place = position + self.n_slot
+        self.position = position
         self.seen = self.mask.masked_fill(self.position_of > position, float("-inf"))
+        if self.has_kernel:
+            self.rope = self.model.cos, self.model.sin
+            for block in self.model.blocks:
+                x = self.layer(block, x)
+            return x
         rope = [table.index_select(0, position) for table in (self.model.cos, self.model.sin)]
         return MoDA.layers(self.model, x, rope, self)
 
@@ -257,12 +264,40 @@ class TokenPass:
                 buffer[layer.layer + 1 :, :, :, number] = new[:, :, 0]
 
     def attend(self, layer, q, k, v):
-        keys, values = self.keys[layer.layer], self.values[layer.layer]  # (B, n_kv_head, n_key, head_dim)
-        keys.index_copy_(2, self.place, k)
-        values.index_copy_(2, self.place, v)
-        group = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, n_kv_head, group, head_dim): as if it were positions
-        mask = self.seen[layer.layer].expand(*group.shape[:3], -1)
+        self.keys[layer.layer].index_copy_(2, self.position + self.n_slot, k)
+        self.values[layer.layer].index_copy_(2, self.position + self.n_slot, v)
+        return self.look(layer.layer, q)
+
+    def look(self, layer, q):
+        keys, values = self.keys[layer], self.values[layer]  # (B, n_kv_head, n_key, head_dim)
+        group = q.reshape(*keys.shape[:2], -1, q.shape[-1])  # (B, n_kv_head, group, head_dim): as if it were positions
+        mask = self.seen[layer].expand(*group.shape[:3], -1)
         return F.scaled_dot_product_attention(group, keys, values, mask).reshape(q.shape)
+
+    def layer(self, block, x):
+        """`Block.forward` for one token. What lies between a projection and attention is one kernel."""
+        attn, ffn, c = block.attn, block.ffn, block.attn.config
+        h = block.attn_norm(x) if block.pre else x
+        q, kv = attn.wq(h), attn.kv(h)
+        queries = q.new_empty(1, len(x), c.n_head, 1, c.head_dim)  # as if it were a buffer, of one layer and one key
+        place(q, None, attn.q_norm, self.rope, self.position, (queries, None), (0, 1), 0)
+        shared = attn.writes and attn.attn_kv is None and c.depth_rope
+        self.place(attn, kv, "attn" if shared else None, own=attn.layer)
+        if attn.writes and not shared:
+            self.place(attn, attn.attn_kv(h) if attn.attn_kv else kv, "attn", c.depth_rope)
+        h = attn.wo(self.look(attn.layer, queries[0]).flatten(1).unsqueeze(1))
+        x = x + h if block.pre else block.attn_norm(x + h)
+        h = block.ffn_norm(x) if block.pre else x
+        if attn.ffn_kv:
+            self.place(attn, attn.ffn_kv(h), "ffn", c.depth_rope)
+        return x + ffn(h) if block.pre else block.ffn_norm(x + ffn(h))
+
+    def place(self, attn, kv, kind, rotated=True, own=None):
+        """Store a key and a value as the slot `kind` of all later layers, and as the sequence's of the layer `own`."""
+        number = attn.first_slot + attn.config.slot_kinds.index(kind) if kind else 0
+        layers = (attn.layer + 1, len(self.keys)) if kind else (0, 0)
+        rope = self.rope if rotated else None
+        place(*kv, attn.k_norm, rope, self.position, (self.keys, self.values), layers, number, own, self.n_slot)
 
 
 # --------------------------------------------------------------------------------------- CUDA graphs, and an optimizer

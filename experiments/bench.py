@@ -3,6 +3,7 @@ repetition in it, and the picture of it (plots.py). From the root of the reposit
 
     python -m experiments.bench kernel    the operator against attention without depth, in the settings of the paper's
                                           Table 2, and the paper's Table 7, the ladder from naive loops to the kernel
+    python -m experiments.bench short     the two forwards of the kernels at short lengths, one launch against two
     python -m experiments.bench train     whole training steps, forward + backward, with and without depth, four shapes
     python -m experiments.bench generate  cached decoding with and without depth
     python -m experiments.bench scale     time and memory over n_layer, T and the window of slots, beside the formulas
@@ -15,6 +16,7 @@ the exception: for want of memory it times one model after the other, and leaves
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -38,6 +40,7 @@ from sdpa import sequence_backward
 
 ROOT = Path(__file__).parent
 N_KV_HEAD, HEAD_DIM = 8, 64  # of Table 2, and B = 1
+SHORT = {"B": (1, 4), "T": (512, 1024, 2048, 4096, 8192), "group": (1, 2, 8), "n_slot": (8, 32, 128)}
 median = statistics.median
 
 
@@ -111,10 +114,10 @@ def write_result(name, result):
 # --------------------------------------------------------------------------------------------------- bench.py kernel
 
 
-def random_inputs(T, group, n_slot):
+def random_inputs(T, group, n_slot, B=1):
     """[q, k, v, depth_k, depth_v] of Table 2 in bf16 on the GPU, leaves that require a gradient."""
-    kv = (1, N_KV_HEAD, T, HEAD_DIM)
-    shapes = [(1, N_KV_HEAD * group, T, HEAD_DIM), kv, kv, (n_slot, *kv), (n_slot, *kv)]
+    kv = (B, N_KV_HEAD, T, HEAD_DIM)
+    shapes = [(B, N_KV_HEAD * group, T, HEAD_DIM), kv, kv, (n_slot, *kv), (n_slot, *kv)]
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
 
 
@@ -238,6 +241,28 @@ def bench_kernel(args):
     print_table(lines)
     result["ladder"] = ladder(args.reps)
     redraw(write_result("kernel", result))
+
+
+def bench_short(args):
+    result = {"machine": this_gpu(), "settings": []}
+    print(f"{result['machine']}\nms of the forward, bf16, {N_KV_HEAD} KV heads, head_dim {HEAD_DIM}; fused / triton")
+    lines = [["B", "T", "G", *(f"{n_slot} slots" for n_slot in SHORT["n_slot"])]]
+    for B, T, group in itertools.product(SHORT["B"], SHORT["T"], SHORT["group"]):
+        lines.append([str(B), str(T), str(group)])
+        for n_slot in SHORT["n_slot"]:
+            inputs = [x.detach() for x in random_inputs(T, group, n_slot, B)]
+            forwards = {impl: partial(moda_attention, *inputs, impl=impl) for impl in ("fused", "triton")}
+            outputs = [forward() for forward in forwards.values()]
+            if not (error := relative_error(outputs[0], outputs[1].double())) <= 5e-3:
+                raise SystemExit(f"B={B} T={T} group={group} n_slot={n_slot}: they differ by {error:.1e}, not timed")
+            times = interleave(forwards, args.reps)
+            ratio = median([a / b for a, b in zip(times["fused"], times["triton"], strict=True)])
+            lines[-1].append(f"{median(times['fused']):.3f} / {median(times['triton']):.3f} = {ratio:.2f}")
+            result["settings"].append({"B": B, "T": T, "group": group, "n_slot": n_slot, "ms": times})
+        print(*lines[-1], sep=" | ", flush=True)
+    print()
+    print_table(lines)
+    write_result("short", result)
 
 
 def naive(q, k, v, depth_k, depth_v):
@@ -591,6 +616,9 @@ def main():
     command = commands.add_parser("kernel", help="the operator, in the settings of the paper's Tables 2 and 7")
     command.add_argument("--reps", type=int, default=20, help="repetitions of each timing (default: %(default)s)")
     command.set_defaults(run=bench_kernel)
+    command = commands.add_parser("short", help="the two forwards of the kernels, one launch against two")
+    command.add_argument("--reps", type=int, default=20, help="repetitions of each timing (default: %(default)s)")
+    command.set_defaults(run=bench_short)
     command = commands.add_parser("train", help="whole training steps with and without depth")
     command.add_argument("--reps", type=int, default=8, help="repetitions of each timing (default: %(default)s)")
     command.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moda
 import slots
-from experiments.common import train_step
+from experiments.common import relative_error, train_step
 from fast import DecodingCache, FastMoDA, Muon, PortableStream, record
 from moda import MoDA, MoDAConfig
 
@@ -177,17 +177,30 @@ def test_fast_stream_under_autograd(variant, device, small_blocks):
 
 @on_each_device
 @pytest.mark.parametrize("variant", [*ROWS.values(), *FAST_VARIANTS[-10:], {"n_layer": 1}], ids=name_of)
-@pytest.mark.parametrize("chunks", [[3, *[1] * 13], [1] * 16, [2, 1, 1, 4, *[1] * 8]], ids=str)
-def test_decoding_equals_one_pass(chunks, variant, device):
-    """With slots and sequence in one buffer, a few tokens at once or one by one, of which later ones are recorded."""
+@pytest.mark.parametrize(
+    ("dtype", "chunks"),
+    [
+        (torch.float64, [3, *[1] * 13]),
+        (torch.float64, [1] * 16),
+        (torch.float64, [2, 1, 1, 4, *[1] * 8]),
+        (torch.float32, [9, 1, 1, 1, 1, 1, 2]),
+    ],
+    ids=str,
+)
+def test_decoding_equals_one_pass(dtype, chunks, variant, device):
+    """With slots and sequence in one buffer, a few tokens at once or one by one, of which later ones are recorded. In
+    float32 by a kernel, in float64 without."""
     torch.manual_seed(0)
-    model = FastMoDA(replace(SMALL, **variant)).to(device, torch.float64)
+    model = FastMoDA(replace(SMALL, **variant)).to(device, dtype)
+    exact = MoDA(model.config).to(device, torch.float64)
+    exact.load_state_dict(model.state_dict())
     idx, cache = tokens(T=16).to(device), DecodingCache(model, 2)
     with torch.no_grad():
-        want = model(idx)[0]
+        want = exact(idx)[0]
         got = [model.head(model.hidden(chunk, cache=cache))[0] for chunk in idx.split(chunks, dim=1)]
-    assert (torch.cat(got, dim=1) - want).abs().max() < 1e-10
+    assert relative_error(torch.cat(got, dim=1), want) < (1e-12 if dtype == torch.float64 else 2e-6)
     assert cache.length == 16 and cache.n_token == sum(n == 1 for n in chunks[1:])
+    assert cache.run.has_kernel == (dtype == torch.float32)
 
 
 @on_each_device
