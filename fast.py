@@ -321,7 +321,7 @@ def record(step, *inputs, warmup=3):
     graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()  # an old graph that was collected in the middle would break this one
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # its own choice is of whichever GPU recorded first
             result = step(*inputs)
     finally:
         if was_enabled:

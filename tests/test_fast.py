@@ -113,7 +113,11 @@ def test_fast_stream_gradients(variant, device, request):
     if variant.get("n_layer", 0) < 8:
         request.getfixturevalue("smallest_blocks" if "depth_every" in variant else "small_blocks")
     model, exact, idx, targets = fast_and_exact(device, **variant)
-    assert worst(gradients(model, idx, targets), gradients(exact, idx, targets)) <= TIGHT
+    want = gradients(exact, idx, targets)
+    portable = MoDA(model.config, impl="torch").to(device)
+    portable.load_state_dict(model.state_dict())
+    usual = worst(gradients(portable, idx, targets), want)  # of biases: their gradients are sums that nearly cancel
+    assert worst(gradients(model, idx, targets), want) <= max(TIGHT, 3 * usual) and usual < 1e-4
 
 
 @pytest.mark.parametrize("row, n_key", [(1, 3), (3, 3), (4, 3 + 2), (5, 3 + 4)])
@@ -176,7 +180,9 @@ def test_fast_stream_under_autograd(variant, device, small_blocks):
 
 
 @on_each_device
-@pytest.mark.parametrize("variant", [*ROWS.values(), *FAST_VARIANTS[-10:], {"n_layer": 1}], ids=name_of)
+@pytest.mark.parametrize(
+    "variant", [*ROWS.values(), *FAST_VARIANTS[6:8], *FAST_VARIANTS[-10:], {"n_layer": 1}], ids=name_of
+)
 @pytest.mark.parametrize(
     ("dtype", "chunks"),
     [
@@ -192,6 +198,8 @@ def test_decoding_equals_one_pass(dtype, chunks, variant, device):
     float32 by a kernel, in float64 without."""
     torch.manual_seed(0)
     model = FastMoDA(replace(SMALL, **variant)).to(device, dtype)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p) if p.dim() == 1 else 0  # or one norm could stand for another
     exact = MoDA(model.config).to(device, torch.float64)
     exact.load_state_dict(model.state_dict())
     idx, cache = tokens(T=16).to(device), DecodingCache(model, 2)
@@ -200,7 +208,7 @@ def test_decoding_equals_one_pass(dtype, chunks, variant, device):
         got = [model.head(model.hidden(chunk, cache=cache))[0] for chunk in idx.split(chunks, dim=1)]
     assert relative_error(torch.cat(got, dim=1), want) < (1e-12 if dtype == torch.float64 else 2e-6)
     assert cache.length == 16 and cache.n_token == sum(n == 1 for n in chunks[1:])
-    assert cache.run.has_kernel == (dtype == torch.float32)
+    assert getattr(cache.run, "step", cache.run).has_kernel == (dtype == torch.float32)  # step: of a record
 
 
 @on_each_device
@@ -226,8 +234,10 @@ def test_generation(variant, device, monkeypatch):
 def test_generation_as_the_model_is_now():
     """A record holds the weights' addresses, and no hooks."""
     model, _, idx, _ = fast_and_exact("cuda", **DEEP)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)  # so that it does not merely repeat a token
     first = model.generate(idx[:, :3], 10, temperature=0)
-    for change in (lambda: model.blocks[2].ffn.down.weight.data.mul_(-50), model.half, model.float):
+    for change in (lambda: model.blocks[2].ffn.down.weight.data.mul_(-5), model.half, model.float):
         change()
         assert torch.equal(
             model.generate(idx[:, :3], 10, temperature=0),
