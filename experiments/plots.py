@@ -25,6 +25,7 @@ from experiments.quality import (
     differences,
     finished,
     paper_difference,
+    pays,
     tries,
 )
 
@@ -34,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 BASELINE = "#0072B2"  # blue: plain, and attention without depth
 ROW_3 = "#E69F00"  # orange
 ROW_4 = "#D55E00"  # vermillion: MoDA
+EVERY_4 = "#009E73"  # green: row 4, every 4th layer reads
 WINDOW = "#CC79A7"  # pink: row 4 with a window of slots
 OTHER = "#888888"  # grey: all other variants, and what stands for no model
 INK = "#222222"  # the paper's points, which are diamonds, and floors
@@ -49,7 +51,7 @@ SCALE_PANELS = {  # sweep: (label of the axis, what stays the same)
 
 def color_of(row):
     """The colour of a row of common.ROWS."""
-    known = {"plain": BASELINE, "row3": ROW_3, "row4": ROW_4}
+    known = {"plain": BASELINE, "row3": ROW_3, "row4": ROW_4, "every4": EVERY_4}
     return known.get(row, WINDOW if row.startswith("window") else OTHER)
 
 
@@ -307,19 +309,61 @@ def draw_front(lines, timed):
         error, n = (statistics.stdev(gains), f"{len(gains)} seeds") if len(gains) > 1 else (None, "1 seed")
         face = color_of(row) if len(gains) > 1 else "white"
         axes.errorbar(extra, gain, yerr=error, fmt="o", ms=8, color=color_of(row), mfc=face, capsize=4, zorder=3)
-        side = (
-            {"xytext": (9, -13)} if error or extra < 8 else {"xytext": (36, 10), "ha": "right"}
-        )  # beside others' bars
         name = ROWS[row][0].replace("+ ", f"{row}: ", 1)
-        axes.annotate(f"{name} ({n})", (extra, gain), textcoords="offset points", fontsize=9, **side)
+        at, side = ((0, 6), "center") if error else ((9, -13), "left")  # above the error bar, or beside the point
+        at = {"xytext": at, "textcoords": "offset points", "ha": side, "fontsize": 9}
+        axes.annotate(f"{name} ({n})", (extra, gain + (error or 0)), **at)
     axes.plot(*zip(*front, strict=True), color=OTHER, lw=1, zorder=1)
     axes.plot(0, 0, "o", ms=8, color=BASELINE, clip_on=False, zorder=3)
     axes.annotate("plain Transformer", (0, 0), (9, 4), textcoords="offset points", fontsize=9)
     right = max([extra for extra, *_ in points], default=1)
-    axes.set(xlim=(0, 1.45 * right), ylim=(0, None), ylabel="loss below the baseline's, nats per token")
+    axes.set(xlim=(0, 1.25 * right), ylim=(0, None), ylabel="loss below the baseline's, nats per token")
     axes.set_xlabel("extra time of forward and backward (one H100, width 512)")
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     titled(axes, f"24 layers, {tokens:g} million tokens of C code: what less loss costs in time")
+    return figure
+
+
+def draw_budgets(lines, novels):
+    """How much lower than plain's the loss is, over the training text: per token, and in equal time. lines: of "linux",
+    novels: of the other text; 24 layers, post-norm, Muon. Hollow: one seed. The diamonds are the paper's."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    ours, shift = {}, {"row3": 0.97, "row4": 1.0, "every4": 1.03}  # so that error bars lie beside each other
+    for n_layer, budget, row, _, deltas, _, gained in pays(lines):
+        if n_layer == 24 and row in shift:
+            ours.setdefault(row, []).append((budget, deltas, gained))
+    small = best_runs(novels).get((24, "post", "muon", 1), {})
+    for row, offset in shift.items():
+        style = {"color": color_of(row), "capsize": 4, "fmt": "o", "ms": 7}
+        for axes, per_second in ((left, False), (right, True)):
+            points = []
+            for n, deltas, gained in sorted(ours.get(row, [])):
+                if gained is not None or not per_second:
+                    points.append((n * offset, [-delta - (gained or 0) * per_second for delta in deltas]))
+            axes.plot([n for n, _ in points], [statistics.mean(gains) for _, gains in points], color=style["color"])
+            against = small.get({"row4": "longer", "row3": "longer3"}.get(row) if per_second else "plain", [])
+            if gains := [-delta for delta in differences(small.get(row, []), against)]:
+                points.append((16 * offset, gains))
+            for n, gains in points:
+                error = statistics.stdev(gains) if len(gains) > 1 else None
+                face = style["color"] if len(gains) > 1 else "white"
+                axes.errorbar(n, statistics.mean(gains), yerr=error, mfc=face, zorder=3, **style)
+        left.plot([], [], "o-", color=style["color"], label=ROWS[row][0].replace("+ ", f"{row}: ", 1))
+        if paper := paper_difference(24, "post", row):
+            left.plot(400, -paper, **PAPER_POINTS)
+            left.annotate(row, (400, -paper), (7, -4), textcoords="offset points", fontsize=9)
+    for axes in (left, right):
+        axes.axhline(0, color=BASELINE, lw=1.5)
+        axes.set(xscale="log", xlabel="training tokens (millions)", xlim=(12, 560))
+        axes.set_xticks([16, 64, 192], ["16\nnovels", "64\nC code", "192\nC code"])
+        axes.xaxis.set_minor_locator(NullLocator())
+    left.set_xticks([16, 64, 192, 400], ["16\nnovels", "64\nC code", "192\nC code", "the paper,\nunknown"])
+    left.set_ylabel("loss below the baseline's, nats per token")
+    left.legend(frameon=False, fontsize=9, loc="lower right", title="hollow: one seed", title_fontsize=9)
+    right.annotate("the baseline", (520, 0), (-4, 4), textcoords="offset points", ha="right", color=BASELINE)
+    titled(left, "for the same text: MoDA is ahead, and more with more text")
+    titled(right, "for the same time: ahead from about 100 million tokens")
     return figure
 
 
@@ -350,6 +394,7 @@ def main():
     timed = {row.replace("row ", "row"): times for row, times in timed.items()}  # bench.py spells them otherwise
     if lines := finished("linux"):
         save(draw_front(lines, timed), RESULTS / "front.png")
+        save(draw_budgets(lines, finished()), RESULTS / "budgets.png")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,56 @@ def at_same_setting(runs, plain):
     return differences(runs, plain.get((runs[0]["lr"], runs[0]["warmup"]), {}).values())
 
 
+def relative_speed(lines, row, n_layer):
+    """Training speed of a row, tokens/s over plain's: the fastest run of each, of the commit and machine with the
+    fastest run of plain. None if the row has not run there."""
+    lines = [line for line in lines if line["n_layer"] == n_layer]
+    plain = max((line for line in lines if line["row"] == "plain"), key=lambda line: line["tokens_per_s"], default=None)
+    here = [x["tokens_per_s"] for x in lines if plain and x["row"] == row and x["machine"] == plain["machine"]]
+    return max(here) / plain["tokens_per_s"] if here else None
+
+
+def power_law(points):
+    """{tokens: loss} at three budgets -> the function E + A / tokens ** a that goes through them."""
+    (x, f), (y, g), (z, h) = sorted(points.items())
+    low, high = 1e-3, 5.0
+
+    def bend(a):  # the first drop over the second: it grows with a
+        return (x**-a - y**-a) / (y**-a - z**-a)
+
+    if not bend(low) < (f - g) / (g - h) < bend(high):
+        raise ValueError(f"no power law goes through {points}")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bend(middle) < (f - g) / (g - h) else (low, middle)
+    scale = (g - h) / (y**-low - z**-low)
+    return lambda tokens: h + scale * (tokens**-low - z**-low)
+
+
+def pays(lines):
+    """Rows against plain, per token and per second: [(n_layer, budget, row, its runs, differences, speed, gained)].
+
+    differences: minus plain at the row's setting, seed by seed. speed: `relative_speed`. gained: what plain gains from
+    as much more text as it reads in the row's time, in nats per token, by the power law through plain's losses at three
+    budgets; the row is ahead per second if its gain is larger. None where a number is missing."""
+    tried, out = tries(lines), []
+    for (n_layer, *kind, budget), rows in sorted(tried.items()):
+        losses = {}
+        for (n, *other, tokens), there in tried.items():
+            if (n, other) == (n_layer, kind) and "plain" in there:
+                runs = there["plain"][best_setting(there["plain"])].values()
+                losses[tokens] = statistics.mean(line["val_loss"] for line in runs)
+        for row, settings in rows.items():
+            runs = [*settings[best_setting(settings)].values()]
+            if deltas := at_same_setting(runs, rows.get("plain", {})) if row != "plain" else []:
+                speed, gained = relative_speed(lines, row, n_layer), None
+                if speed and len(losses) == 3:
+                    law = power_law(losses)
+                    gained = law(budget) - law(budget / speed)
+                out.append((n_layer, budget, row, runs, deltas, speed, gained))
+    return out
+
+
 def paper_difference(n_layer, norm, row, epochs=1):
     """The paper's loss of this row minus that of plain, in nats per token (Table 6), or None."""
     paper = dict(

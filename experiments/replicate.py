@@ -35,6 +35,7 @@ from experiments.quality import (
     differences,
     finished,
     paper_difference,
+    pays,
     results_path,
     spread,
     tries,
@@ -191,6 +192,22 @@ at its best learning rate and warmup, among those with the most seeds. Minus bas
             cells[-1] += [f"{paper:.4f}" if paper else ""] * (text == "novels")
     rest = "minus baseline|paper" if text == "novels" else "minus baseline"
     page += table(f"layers|norm|optimizer|{unit}|baseline|row3|{rest}|row4|{rest}", cells, 3)
+    if text != "novels":
+        page += [
+            """## Does it pay?
+
+Speed: tokens/s of training, over the baseline's. In its time: what the baseline gains from the text that it reads in
+the row's time, by the power law through its losses at three budgets. Per second: the two differences together; below
+zero the row is ahead.
+"""
+        ]
+        cells = []
+        for n_layer, budget, row, _, deltas, speed, gained in pays(lines):
+            cells.append([n_layer, f"{budget:g}", row, paired(deltas), f"{speed:.3f}" if speed else ""])
+            cells[-1] += (
+                [f"{-gained:.4f}", f"{statistics.mean(deltas) + gained:+.4f}"] if gained is not None else ["", ""]
+            )
+        page += table("layers|millions of tokens|row|minus baseline|speed|baseline in its time|per second", cells, 3)
     page += [
         """## Every row at its best
 

@@ -117,6 +117,29 @@ def test_the_committed_report_is_that_of_the_committed_runs(place):
     assert (place / "results" / "quality.md").read_text() == (committed / "quality.md").read_text()
 
 
+def test_whether_a_row_pays():
+    """What plain gains in a row's time is read off the power law through its own losses."""
+
+    def line(row, budget, loss, speed, seed=0, machine="new"):
+        setting = {"n_layer": 24, "norm": "post", "optimizer": "muon", "lr": 1e-3, "warmup": 300, "machine": machine}
+        result = {"budget": budget, "val_loss": loss, "tokens_per_s": speed}
+        return setting | {"row": row, "seed": seed} | result
+
+    def law(tokens):
+        return 0.8 + 3 / tokens**0.4
+
+    lines = [line("plain", n, law(n), 1000) for n in (16, 64, 192)] + [line("plain", 64, law(64), 700, 1, "old")]
+    lines += [line("row4", 64, law(64) - 0.03, 800), line("row4", 64, law(64) - 0.05, 600, 1, "old")]
+    lines += [line("every2", 192, 1.0, 600, machine="old"), line("row3", 16, 1.0, 900) | {"n_layer": 48}]
+    row_4, every_2 = quality.pays(lines)
+    assert row_4[:3] == (24, 64, "row4") and row_4[4] == pytest.approx([-0.03, -0.05])
+    assert row_4[5] == 0.8 and row_4[6] == pytest.approx(law(64) - law(80), rel=1e-6)
+    assert every_2[2] == "every2" and every_2[5:] == (None, None)  # its speed is of another commit
+    assert quality.pays([x for x in lines if x["budget"] != 16])[0][5:] == (0.8, None)  # two budgets are no curve
+    with pytest.raises(ValueError, match="power law"):
+        quality.power_law({16: 1.0, 64: 0.9, 192: 0.5})
+
+
 def test_as_many_steps_as_the_time_of_the_other_buys():
     speeds = [("plain", 150), ("plain", 200), ("row4", 160), ("row3", 100), ("every4", 175)]
     done = [{"cell": f"1l-post-{row}", "tokens_per_s": speed} for row, speed in speeds]
