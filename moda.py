@@ -113,6 +113,7 @@ PRESETS = {
     "paper-48l": MoDAConfig(512, 50_304, n_layer=48, n_head=6, n_kv_head=2, n_embd=384, bias=True),
     "paper-700m": MoDAConfig(4096, 100_352, n_layer=36, n_head=16, n_kv_head=8, n_embd=1024),  # Table 3
 }
+PRESETS["lean-24l"] = replace(PRESETS["paper-24l"], depth_every=4)  # six layers read: the most gain for its time
 
 
 # -------------------------------------------------- what is remembered: slots for one pass, K and V while generating

@@ -626,7 +626,7 @@ def main():
     command.set_defaults(run=bench_train)
     command = commands.add_parser("generate", help="cached decoding with and without depth")
     command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")
-    command.add_argument("--tokens", type=int, default=128, help="new tokens per sequence (default: %(default)s)")
+    command.add_argument("--tokens", type=int, default=400, help="new tokens per sequence (default: %(default)s)")
     command.set_defaults(run=bench_generate)
     command = commands.add_parser("scale", help="time and memory over n_layer, T and the window of slots")
     command.add_argument("--reps", type=int, default=5, help="repetitions of each timing (default: %(default)s)")

@@ -637,6 +637,17 @@ def test_autocast_leaves_float64_alone():
         check("torch", inputs)
 
 
+@pytest.mark.parametrize(
+    ("T", "group", "n_slot", "short"),
+    [(512, 8, 64, True), (512, 8, 65, False), (4096, 16, 8, True), (512, 7, 8, False), (512, 8, 0, False)],
+)
+def test_which_inputs_are_short(T, group, n_slot, short):
+    q, k = (torch.empty(1, n, T, 64, dtype=torch.bfloat16, device="meta") for n in (2 * group, 2))
+    assert kernel._is_short(q, k, n_slot) == short
+    assert not kernel._is_short(q.float(), k.float(), n_slot) and not kernel._is_short(q[:, :, 1:], k, n_slot)
+    assert not kernel._is_short(q.repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2), n_slot)
+
+
 AHEAD_OF_TIME = """
 import re
 import kernel, slots, torch, triton
@@ -672,6 +683,7 @@ for module, name in (
     (kernel, "_backward_kernel"),
     (slots, "_slots_backward_kernel"),
     (slots, "_addresses_kernel"),
+    (slots, "_place_kernel"),
 ):
     setattr(module, name, Compile(getattr(module, name)))
 
@@ -697,6 +709,10 @@ for dtype, head_dim, group in (
     slots.slots_backward(readers, addresses, *depth, 2, 4, dtype, sums, 0, 1.0)
     for n_reader in (1, 8):
         slots.slots_backward(readers * n_reader, addresses, *depth, 2, 18, torch.float32, None, 0, 1.0)
+    x, to, rope = q[:, 0, :1].repeat(1, 1, 2), k.expand(3, -1, -1, -1, -1), torch.empty(2, 8, head_dim // 2).unbind()
+    norm, position = torch.nn.RMSNorm(head_dim, eps=1e-6, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    slots.place(x, x, norm, rope, position, (to, to), (1, 3), 4, 0, 5)
+    slots.place(x, None, torch.nn.Identity(), None, position, (to, None), (0, 1), 0)
 """
 
 
@@ -707,7 +723,7 @@ def test_kernels_compile_for_a_gpu():
     command = [sys.executable, "-c", AHEAD_OF_TIME]
     run = subprocess.run(command, env=environment, cwd=Path(kernel.__file__).parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("compiled") == 39
+    assert run.stdout.count("compiled") == 49
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU

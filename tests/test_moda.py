@@ -688,7 +688,7 @@ def test_defaults_and_presets():
     assert (config.depth_kv, config.ffn_kv, config.attn_kv) == (True, True, False)  # row 4
     assert config.norm == "post" and config.qk_norm and config.depth_rope and config.depth_window is None
     assert MoDA(config).blocks[0].ffn.gate.weight.shape == (4 * 8, 8)
-    assert set(PRESETS) == {"tiny", "deep", "paper-24l", "paper-48l", "paper-700m"}
+    assert set(PRESETS) == {"tiny", "deep", "paper-24l", "lean-24l", "paper-48l", "paper-700m"}
     assert PRESETS["deep"].n_layer >= 16
     for c in PRESETS.values():
         assert (c.depth_kv, c.ffn_kv, c.attn_kv, c.norm, c.qk_norm) == (True, True, False, "post", True)
