@@ -423,7 +423,7 @@ def _why_not_triton(q):
 def _is_short(q, k, n_slot):
     """Whether "fused", one launch, beats the two of "triton": measured by `experiments.bench short`, at head_dim 64."""
     (_, n_head, T, head_dim), (_, n_kv_head, T_kv, _) = q.shape, k.shape
-    is_square = T == T_kv and head_dim <= 64 and q.dtype.itemsize == 2
+    is_square = T_kv == T and head_dim <= 64 and q.dtype.itemsize == 2
     return is_square and n_head >= 8 * n_kv_head and 0 < T * n_slot <= 32_768
 
 

@@ -333,7 +333,7 @@ def draw_budgets(lines, novels):
     for n_layer, budget, row, _, deltas, _, gained in pays(lines):
         if n_layer == 24 and row in shift:
             ours.setdefault(row, []).append((budget, deltas, gained))
-    small = best_runs(novels).get((24, "post", "muon", 1), {})
+    small = best_runs(novels)[few := (24, "post", "muon", 1)]
     for row, offset in shift.items():
         style = {"color": color_of(row), "capsize": 4, "fmt": "o", "ms": 7}
         for axes, per_second in ((left, False), (right, True)):
@@ -342,8 +342,11 @@ def draw_budgets(lines, novels):
                 if gained is not None or not per_second:
                     points.append((n * offset, [-delta - (gained or 0) * per_second for delta in deltas]))
             axes.plot([n for n, _ in points], [statistics.mean(gains) for _, gains in points], color=style["color"])
-            against = small.get({"row4": "longer", "row3": "longer3"}.get(row) if per_second else "plain", [])
-            if gains := [-delta for delta in differences(small.get(row, []), against)]:
+            if per_second:  # rows of equal time ran at one setting: minus this row at the same
+                gains = at_same_setting(small["longer"], tries(novels)[few]["row4"]) if row == "row4" else []
+            else:
+                gains = [-delta for delta in differences(small.get(row, []), small.get("plain", []))]
+            if gains:
                 points.append((16 * offset, gains))
             for n, gains in points:
                 error = statistics.stdev(gains) if len(gains) > 1 else None
