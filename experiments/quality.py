@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from experiments.common import PAPER_TABLE_6
+from experiments.common import PAPER_TABLE_6, ROWS
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}  # and how they are spelled
@@ -110,8 +110,8 @@ def pays(lines):
             if (n, other) == (n_layer, kind) and "plain" in there:
                 runs = there["plain"][best_setting(there["plain"])].values()
                 losses[tokens] = statistics.mean(line["val_loss"] for line in runs)
-        for row, settings in rows.items():
-            runs = [*settings[best_setting(settings)].values()]
+        for row in (row for row in ROWS if row in rows):
+            runs = [*rows[row][best_setting(rows[row])].values()]
             if deltas := at_same_setting(runs, rows.get("plain", {})) if row != "plain" else []:
                 speed, gained = relative_speed(lines, row, n_layer), None
                 if speed and len(losses) == 3:
