@@ -60,10 +60,11 @@ class FastMoDA(MoDA):
             return super().layers(x, rope, stream, cache)
         Stream = FastDepthStream if self._can_be_fast(x) else PortableStream
         stream = Stream(self.config, self.impl, self.checkpoint)
-        if self.checkpoint and torch.is_grad_enabled():
+        trains = torch.is_grad_enabled() and cache is None
+        if trains and self.checkpoint:
             for block in self.blocks:  # nothing is random here, and a CUDA graph cannot record the generator's state
                 x = checkpoint(block, x, rope, stream, use_reentrant=False, preserve_rng_state=False)
-        elif torch.is_grad_enabled() and self._is_unchanged():
+        elif trains and self._is_unchanged():
             x = self._layers_in_parts(x, rope, stream)
         else:
             x = super().layers(x, rope, stream, cache)
@@ -203,33 +204,39 @@ class FastDepthStream(PortableStream):
 
 class DecodingCache(KVCache):
     """For generating on a GPU: from the fourth new token on, `TokenPass` is recorded and no kernel waits for Python.
-    `MoDA.hidden` runs the prompt as with any KVCache."""
+    `MoDA.hidden` runs the prompt as with any KVCache. No gradients pass through it."""
 
     def __init__(self, model, B):
         super().__init__(model.config, B)
         self.model, self.n_token = model, 0
 
+    @torch.no_grad()
     def append(self, layer, k, v):
         if self.k is None:
             self.run = TokenPass(self.model, self.shape, k)
             self.k, self.v = (x[..., self.run.n_slot :, :] for x in (self.run.keys, self.run.values))
         return super().append(layer, k, v)
 
+    @torch.no_grad()
     def next_token(self, x):
         """x (B, 1, n_embd), a token at position `length` -> the same shape, through all layers."""
         position, self.n_token = torch.full((1,), self.length, device=x.device), self.n_token + 1
         with torch.cuda.device_of(x):  # records belong to a GPU; a tensor elsewhere changes nothing
             if self.n_token == 4 and x.is_cuda:  # by then PyTorch has prepared whatever it prepares at first use
+                kept = torch.is_autocast_cache_enabled()
+                torch.set_autocast_cache_enabled(False)  # weights that autocast has cast do not live as long
                 self.run = record(self.run, x, position, warmup=0)
+                torch.set_autocast_cache_enabled(kept)
             return self.run(x, position)
 
 
 class TokenPass:
     """All layers for one new token, with tensors of one size and address, and so fit to be recorded.
 
-    A layer's keys lie in one buffer, [slots | sequence], and so do its values. Attention is then PyTorch's, over the
-    whole buffer, with a mask on slots that the layer does not read and on positions to come. Where Triton can run, one
-    kernel normalises, rotates and stores; elsewhere this is moda.py's stream.
+    A layer's keys lie in one buffer, [slots | sequence], and so do its values: n_slot more rows than a KVCache has.
+    Attention is then PyTorch's, over the whole buffer, whatever the position, with a mask on slots that the layer does
+    not read and on positions to come. Where Triton can run, one kernel normalises, rotates and stores; elsewhere this
+    is moda.py's stream.
     """
 
     def __init__(self, model, shape, like):
@@ -252,47 +259,47 @@ class TokenPass:
         if self.has_kernel:
             self.rope = self.model.cos, self.model.sin
             for block in self.model.blocks:
-                x = self.layer(block, x)
+                x = self.through(block, x)
             return x
         rope = [table.index_select(0, position) for table in (self.model.cos, self.model.sin)]
         return MoDA.layers(self.model, x, rope, self)
 
-    def write(self, layer, kind, kv):
+    def write(self, attn, kind, kv):
         if kv is not None:
-            number = layer.first_slot + layer.config.slot_kinds.index(kind)
+            number = attn.first_slot + attn.config.slot_kinds.index(kind)
             for buffer, new in zip((self.keys, self.values), kv, strict=True):
-                buffer[layer.layer + 1 :, :, :, number] = new[:, :, 0]
+                buffer[attn.layer + 1 :, :, :, number] = new[:, :, 0]
 
-    def attend(self, layer, q, k, v):
-        self.keys[layer.layer].index_copy_(2, self.position + self.n_slot, k)
-        self.values[layer.layer].index_copy_(2, self.position + self.n_slot, v)
-        return self.look(layer.layer, q)
+    def attend(self, attn, q, k, v):
+        self.keys[attn.layer].index_copy_(2, self.position + self.n_slot, k)
+        self.values[attn.layer].index_copy_(2, self.position + self.n_slot, v)
+        return self.look(attn, q)
 
-    def look(self, layer, q):
-        keys, values = self.keys[layer], self.values[layer]  # (B, n_kv_head, n_key, head_dim)
+    def look(self, attn, q):
+        keys, values = self.keys[attn.layer], self.values[attn.layer]  # (B, n_kv_head, n_key, head_dim)
         group = q.reshape(*keys.shape[:2], -1, q.shape[-1])  # (B, n_kv_head, group, head_dim): as if it were positions
-        mask = self.seen[layer].expand(*group.shape[:3], -1)
+        mask = self.seen[attn.layer].expand(*group.shape[:3], -1)
         return F.scaled_dot_product_attention(group, keys, values, mask).reshape(q.shape)
 
-    def layer(self, block, x):
+    def through(self, block, x):
         """`Block.forward` for one token. What lies between a projection and attention is one kernel."""
         attn, ffn, c = block.attn, block.ffn, block.attn.config
         h = block.attn_norm(x) if block.pre else x
         q, kv = attn.wq(h), attn.kv(h)
-        queries = q.new_empty(1, len(x), c.n_head, 1, c.head_dim)  # as if it were a buffer, of one layer and one key
+        queries = q.new_empty(1, len(x), c.n_head, 1, c.head_dim)  # a buffer of one layer and one key
         place(q, None, attn.q_norm, self.rope, self.position, (queries, None), (0, 1), 0)
         shared = attn.writes and attn.attn_kv is None and c.depth_rope
-        self.place(attn, kv, "attn" if shared else None, own=attn.layer)
+        self.store(attn, kv, "attn" if shared else None, own=attn.layer)
         if attn.writes and not shared:
-            self.place(attn, attn.attn_kv(h) if attn.attn_kv else kv, "attn", c.depth_rope)
-        h = attn.wo(self.look(attn.layer, queries[0]).flatten(1).unsqueeze(1))
+            self.store(attn, attn.attn_kv(h) if attn.attn_kv else kv, "attn", c.depth_rope)
+        h = attn.wo(self.look(attn, queries[0]).flatten(1).unsqueeze(1))
         x = x + h if block.pre else block.attn_norm(x + h)
         h = block.ffn_norm(x) if block.pre else x
         if attn.ffn_kv:
-            self.place(attn, attn.ffn_kv(h), "ffn", c.depth_rope)
+            self.store(attn, attn.ffn_kv(h), "ffn", c.depth_rope)
         return x + ffn(h) if block.pre else block.ffn_norm(x + ffn(h))
 
-    def place(self, attn, kv, kind, rotated=True, own=None):
+    def store(self, attn, kv, kind, rotated=True, own=None):
         """Store a key and a value as the slot `kind` of all later layers, and as the sequence's of the layer `own`."""
         number = attn.first_slot + attn.config.slot_kinds.index(kind) if kind else 0
         layers = (attn.layer + 1, len(self.keys)) if kind else (0, 0)
@@ -303,8 +310,11 @@ class TokenPass:
 # --------------------------------------------------------------------------------------- CUDA graphs, and an optimizer
 
 
+_side_stream = functools.cache(torch.cuda.Stream)  # one a GPU: cuBLAS keeps a workspace for every stream
+
+
 def record(step, *inputs, warmup=3):
-    """Record the kernels of step(*inputs) as a CUDA graph -> a function of such inputs that replays it.
+    """Record the kernels of step(*inputs), on the current GPU, as a CUDA graph -> a function that replays it.
 
     Replaying skips Python, which makes steps of many short kernels several times faster. The step may use only its
     inputs and tensors that keep their address. What it makes (its result, and gradients that it lets begin as None) is
@@ -312,7 +322,7 @@ def record(step, *inputs, warmup=3):
     warmup: how often to run the step first, for whatever is compiled, planned or loaded at first use.
     """
     inputs = [x.clone() for x in inputs]
-    side = torch.cuda.Stream()
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warmup):
@@ -321,7 +331,7 @@ def record(step, *inputs, warmup=3):
     graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()  # an old graph that was collected in the middle would break this one
     try:
-        with torch.cuda.graph(graph, stream=side):  # its own choice is of whichever GPU recorded first
+        with torch.cuda.graph(graph, stream=side):  # its default is a stream of the GPU that recorded first
             result = step(*inputs)
     finally:
         if was_enabled:

@@ -420,11 +420,11 @@ def _why_not_triton(q):
     return "it takes a GPU of compute capability 8.0 or more" if old else None
 
 
-def _is_short(q, k, n_slot):
-    """Whether "fused", one launch, beats the two of "triton": measured by `experiments.bench short`, at head_dim 64."""
+def _is_short(q, k, n_slot, causal):
+    """Whether "fused", one launch, beats "triton", two: `experiments.bench short`, measured in groups of 8."""
     (_, n_head, T, head_dim), (_, n_kv_head, T_kv, _) = q.shape, k.shape
-    is_square = T_kv == T and head_dim <= 64 and q.dtype.itemsize == 2
-    return is_square and n_head >= 8 * n_kv_head and 0 < T * n_slot <= 32_768
+    is_usual = causal and T_kv == T and head_dim <= 64 and q.dtype.itemsize == 2
+    return is_usual and n_head >= 8 * n_kv_head and T <= 4096 and 0 < T * n_slot <= 32_768
 
 
 def attention_forward(q, k, v, depth_k, depth_v, causal, scale, impl):
@@ -524,7 +524,7 @@ def moda_attention(q, k, v, depth_k=None, depth_v=None, *, causal=True, scale=No
         raise ValueError(f"impl={impl!r} cannot run here: {why_not}")
     if impl is None:
         n_slot = 0 if depth_k is None else len(depth_k)
-        impl = "torch" if why_not or not q.is_cuda else "fused" if _is_short(q, k, n_slot) else "triton"
+        impl = "torch" if why_not or not q.is_cuda else "fused" if _is_short(q, k, n_slot, causal) else "triton"
     depth_k, depth_v = (
         x if isinstance(x, list) else [] if x is None or not len(x) else [x] for x in (depth_k, depth_v)
     )

@@ -246,38 +246,38 @@ def _slots_backward_kernel(
         tl.store(out_v + out_at[:, None] + dim[None, :], dv_tile.to(out_v.dtype.element_ty), mask=in_kv)
 
 
-@jit(do_not_specialize=["layer", "first", "last", "number", "n_slot"])
+@jit(do_not_specialize=["own", "first", "last", "number", "n_slot"])
 def _place_kernel(
     x, v, weight, cos, sin, position, to_x, to_v,  # pointers
-    layer_stride, batch_stride, head_stride, layer, first, last, number, n_slot, eps,
+    layer_stride, batch_stride, head_stride, own, first, last, number, n_slot, eps,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr,
     OWN: tl.constexpr,
 ):  # fmt: skip
-    """While decoding: one head's row of x, a key or a query, normalised, rotated and stored where it will be read. That
-    is row `number` of the layers first..last-1, and with OWN the row of its position in `layer`. With VALUES v is
+    """While decoding: one head of x, a key or a query, normalised, rotated and stored where it will be read. That is
+    row `number` of the layers first..last-1, and with OWN row n_slot + position of the layer `own`. With VALUES v is
     stored beside it, as it is."""
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i = tl.arange(0, HALF)
-    there, row = i < HEAD_DIM // 2, (b * tl.num_programs(1) + head) * HEAD_DIM
+    dim = tl.arange(0, HALF)
+    there, begin = dim < HEAD_DIM // 2, (b * tl.num_programs(1) + head) * HEAD_DIM
     t = tl.load(position)
-    x1 = tl.load(x + row + i, mask=there, other=0.0).to(tl.float32)
-    x2 = tl.load(x + row + HEAD_DIM // 2 + i, mask=there, other=0.0).to(tl.float32)
+    x1 = tl.load(x + begin + dim, mask=there, other=0.0).to(tl.float32)
+    x2 = tl.load(x + begin + HEAD_DIM // 2 + dim, mask=there, other=0.0).to(tl.float32)
     if NORM:
-        scale = tl.rsqrt((tl.sum(x1 * x1) + tl.sum(x2 * x2)) / HEAD_DIM + eps)
-        x1 *= scale * tl.load(weight + i, mask=there, other=0.0).to(tl.float32)
-        x2 *= scale * tl.load(weight + HEAD_DIM // 2 + i, mask=there, other=0.0).to(tl.float32)
+        rrms = tl.rsqrt((tl.sum(x1 * x1) + tl.sum(x2 * x2)) / HEAD_DIM + eps)
+        x1 *= rrms * tl.load(weight + dim, mask=there, other=0.0).to(tl.float32)
+        x2 *= rrms * tl.load(weight + HEAD_DIM // 2 + dim, mask=there, other=0.0).to(tl.float32)
         x1 = x1.to(weight.dtype.element_ty).to(tl.float32)  # rounded where moda.py rounds
         x2 = x2.to(weight.dtype.element_ty).to(tl.float32)
     if ROTATE:
-        c = tl.load(cos + t * (HEAD_DIM // 2) + i, mask=there, other=0.0)
-        s = tl.load(sin + t * (HEAD_DIM // 2) + i, mask=there, other=0.0)
+        c = tl.load(cos + t * (HEAD_DIM // 2) + dim, mask=there, other=0.0)
+        s = tl.load(sin + t * (HEAD_DIM // 2) + dim, mask=there, other=0.0)
         x1, x2 = x1 * c - x2 * s, x1 * s + x2 * c
-    v1 = tl.load(v + row + i, mask=there, other=0.0)
-    v2 = tl.load(v + row + HEAD_DIM // 2 + i, mask=there, other=0.0)
-    head_at = b * batch_stride + head * head_stride + i
-    for n in range(last - first + OWN):
-        own = n == last - first
-        to_layer, to_row = tl.where(own, layer, first + n).to(tl.int64), tl.where(own, n_slot + t, number)
+    v1 = tl.load(v + begin + dim, mask=there, other=0.0)
+    v2 = tl.load(v + begin + HEAD_DIM // 2 + dim, mask=there, other=0.0)
+    head_at = b * batch_stride + head * head_stride + dim
+    for i in range(last - first + OWN):
+        is_own = i == last - first
+        to_layer, to_row = tl.where(is_own, own, first + i).to(tl.int64), tl.where(is_own, n_slot + t, number)
         at = head_at + to_layer * layer_stride + to_row * HEAD_DIM
         tl.store(to_x + at, x1.to(to_x.dtype.element_ty), mask=there)
         tl.store(to_x + HEAD_DIM // 2 + at, x2.to(to_x.dtype.element_ty), mask=there)
@@ -287,17 +287,19 @@ def _place_kernel(
 
 
 def place(x, v, norm, rope, position, to, layers, number, own=None, n_slot=0):
-    """Store one token's heads, x and v (B, 1, n * head_dim): x normalised and rotated, v as it is, or None.
+    """Store the heads of one token a sequence, x and v (B, 1, n * head_dim), both contiguous: x normalised and rotated,
+    v as it is, or None.
 
     norm: of a head, or Identity. rope: cos, sin (block_size, head_dim / 2), or None. position (1,). to: the buffers for
     x and for v, (n_layer, B, n, n_key, head_dim). The token becomes row `number` of the layers from layers[0] to below
     layers[1], and row n_slot + position of the layer `own`."""
     to_x, to_v = to
-    B, n, head_dim = to_x.shape[1], *to_x.shape[2::2]
-    weight = getattr(norm, "weight", x)  # anything, where nothing is normalised
-    args = (x, x if v is None else v, weight, *(rope or (x, x)), position, to_x, to_x if v is None else to_v)
+    _, B, n, _, head_dim = to_x.shape
+    weight = getattr(norm, "weight", None)
+    args = (x, x if v is None else v, x if weight is None else weight, *(rope or (x, x)))  # x: for what is not read
+    args += (position, to_x, to_x if v is None else to_v)
     args += (*to_x.stride()[:3], own or 0, *layers, number, n_slot, getattr(norm, "eps", 0.0))
-    meta = {"HEAD_DIM": head_dim, "HALF": triton.next_power_of_2(head_dim // 2), "NORM": weight is not x}
+    meta = {"HEAD_DIM": head_dim, "HALF": triton.next_power_of_2(head_dim // 2), "NORM": weight is not None}
     meta |= {"ROTATE": rope is not None, "VALUES": v is not None, "OWN": own is not None}
     with torch.cuda.device(x.device if x.is_cuda else -1):
         _place_kernel[(B, n)](*args, **meta, num_warps=1)

@@ -52,7 +52,7 @@ COLORS = {"plain": BLUE, "MoDA": VERMILLION}  # wherever models are compared
 class TrainConfig:
     """All that decides a run, besides the model's own config. ValueError for values that cannot work."""
 
-    preset: str = "tiny"  # shape of the model: tiny, deep, paper-24l, paper-48l or paper-700m
+    preset: str = "tiny"  # shape of the model: tiny, deep, paper-24l, paper-48l, paper-700m or lean-24l
     data: str = ""  # UTF-8 text file, or folder of them; empty: the source of Python's standard library
     tokenizer: str = "bpe"  # bpe is trained on the text; else one of tiktoken's encodings, which it downloads
     compare: bool = False  # train the same model without depth KV too, on the same batches, and plot both

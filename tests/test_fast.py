@@ -22,7 +22,7 @@ import moda
 import slots
 from experiments.common import relative_error, train_step
 from fast import DecodingCache, FastMoDA, Muon, PortableStream, record
-from moda import MoDA, MoDAConfig
+from moda import KVCache, MoDA, MoDAConfig
 
 DEEP = {
     "n_layer": 7,
@@ -209,6 +209,34 @@ def test_decoding_equals_one_pass(dtype, chunks, variant, device):
     assert relative_error(torch.cat(got, dim=1), want) < (1e-12 if dtype == torch.float64 else 2e-6)
     assert cache.length == 16 and cache.n_token == sum(n == 1 for n in chunks[1:])
     assert getattr(cache.run, "step", cache.run).has_kernel == (dtype == torch.float32)  # step: of a record
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=str)
+@pytest.mark.parametrize("Cache", [KVCache, DecodingCache])
+def test_a_cache_with_gradients_on(Cache, options):
+    """Whoever forgets torch.no_grad() gets the same numbers."""
+    torch.manual_seed(0)
+    model, idx = FastMoDA(SMALL, **options).double(), tokens(T=8)
+    cache = Cache(SMALL if Cache is KVCache else model, 2)
+    with torch.no_grad():
+        want = model(idx)[0]
+    got = [model.head(model.hidden(chunk, cache=cache))[0] for chunk in idx.split([3, 1, 1, 1, 1, 1], dim=1)]
+    assert (torch.cat(got, dim=1) - want).abs().max() < 1e-10
+
+
+@pytest.mark.gpu
+def test_decoding_under_autocast():
+    """A record does not point to weights that autocast had cast for a while."""
+    model, _, idx, _ = fast_and_exact("cuda", **DEEP)
+    cache, seen = DecodingCache(model, 2), []
+    with torch.no_grad():
+        for t in range(12):
+            with torch.autocast("cuda", torch.bfloat16):  # anew each time, and in between its memory is overwritten
+                seen.append(model.head(model.hidden(idx[:, t : t + 1], cache=cache))[0])
+            torch.full((1 << 22,), float("nan"), device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            want = model(idx[:, :12])[0]
+    assert relative_error(torch.cat(seen, dim=1), want.double()) < 0.02
 
 
 @on_each_device
