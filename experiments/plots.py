@@ -325,34 +325,34 @@ def draw_front(lines, timed):
 
 
 def draw_budgets(lines, novels):
-    """How much lower than plain's the loss is, over the training text: per token, and in equal time. lines: of "linux",
-    novels: of the other text; 24 layers, post-norm, Muon. Hollow: one seed. The diamonds are the paper's."""
+    """How far below plain's the loss is, over the training tokens: for the same text, and for the same time. lines: of
+    "linux"; novels: of the other text; 24 layers, post-norm, Muon. Bars: seeds of the difference, not of the curve.
+    Hollow: one seed. The diamonds are the paper's."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    ours, shift = {}, {"row3": 0.97, "row4": 1.0, "every4": 1.03}  # so that error bars lie beside each other
-    for n_layer, budget, row, _, deltas, _, gained in pays(lines):
-        if n_layer == 24 and row in shift:
-            ours.setdefault(row, []).append((budget, deltas, gained))
-    small = best_runs(novels)[few := (24, "post", "muon", 1)]
+    shape, shift = (24, "post", "muon"), {"row3": 0.97, "row4": 1.0, "every4": 1.03}  # so that bars lie side by side
+    small, tried = (of(novels)[(*shape, 1)] for of in (best_runs, tries))
     for row, offset in shift.items():
-        style = {"color": color_of(row), "capsize": 4, "fmt": "o", "ms": 7}
-        for axes, per_second in ((left, False), (right, True)):
-            points = []
-            for n, deltas, gained in sorted(ours.get(row, [])):
-                if gained is not None or not per_second:
-                    points.append((n * offset, [-delta - (gained or 0) * per_second for delta in deltas]))
-            axes.plot([n for n, _ in points], [statistics.mean(gains) for _, gains in points], color=style["color"])
-            if per_second:  # rows of equal time ran at one setting: minus this row at the same
-                gains = at_same_setting(small["longer"], tries(novels)[few]["row4"]) if row == "row4" else []
-            else:
-                gains = [-delta for delta in differences(small.get(row, []), small.get("plain", []))]
-            if gains:
-                points.append((16 * offset, gains))
-            for n, gains in points:
-                error = statistics.stdev(gains) if len(gains) > 1 else None
-                face = style["color"] if len(gains) > 1 else "white"
-                axes.errorbar(n, statistics.mean(gains), yerr=error, mfc=face, zorder=3, **style)
-        left.plot([], [], "o-", color=style["color"], label=ROWS[row][0].replace("+ ", f"{row}: ", 1))
+        text, time = {}, {}  # {millions of tokens: the gain of each seed}
+        for group, name, _, deltas, _, gained, _ in pays(lines):
+            if (*group[:3], name) == (*shape, row):
+                text[group[3]] = [-delta for delta in deltas]
+                if gained is not None:
+                    time[group[3]] = [-delta - gained for delta in deltas]
+        color = color_of(row)
+        for axes, points in ((left, text), (right, time)):
+            at = sorted(points)
+            axes.plot([n * offset for n in at], [statistics.mean(points[n]) for n in at], color=color)
+        if gains := [-delta for delta in differences(small.get(row, []), small["plain"])]:
+            text[16] = gains
+        if row == "row4":  # plain in its time ran at one setting: minus row 4 at the same
+            time[16] = at_same_setting(small["longer"], tried[row])
+        for axes, points in ((left, text), (right, time)):
+            for n, gains in points.items():
+                error, face = (statistics.stdev(gains), color) if len(gains) > 1 else (None, "white")
+                style = {"fmt": "o", "ms": 7, "color": color, "mfc": face, "capsize": 4}
+                axes.errorbar(n * offset, statistics.mean(gains), yerr=error, zorder=3, **style)
+        left.plot([], [], "o-", color=color, label=ROWS[row][0].replace("+ ", f"{row}: ", 1))
         if paper := paper_difference(24, "post", row):
             left.plot(400, -paper, **PAPER_POINTS)
             left.annotate(row, (400, -paper), (7, -4), textcoords="offset points", fontsize=9)
@@ -362,11 +362,12 @@ def draw_budgets(lines, novels):
         axes.set_xticks([16, 64, 192], ["16\nnovels", "64\nC code", "192\nC code"])
         axes.xaxis.set_minor_locator(NullLocator())
     left.set_xticks([16, 64, 192, 400], ["16\nnovels", "64\nC code", "192\nC code", "the paper,\nunknown"])
-    left.set_ylabel("loss below the baseline's, nats per token")
+    left.set_ylabel("nats per token below the baseline's loss")
     left.legend(frameon=False, fontsize=9, loc="lower right", title="hollow: one seed", title_fontsize=9)
-    right.annotate("the baseline", (520, 0), (-4, 4), textcoords="offset points", ha="right", color=BASELINE)
-    titled(left, "for the same text: MoDA is ahead, and more with more text")
-    titled(right, "for the same time: ahead from about 100 million tokens")
+    for y, text, side in ((0.0007, "above: MoDA is ahead", "bottom"), (-0.0007, "below: the baseline is", "top")):
+        right.text(540, y, text, ha="right", va=side, color=BASELINE, fontsize=9)
+    titled(left, "for the same text")
+    titled(right, "for the same time (C code: computed from the baseline's curve)")
     return figure
 
 

@@ -1,14 +1,17 @@
 """What the runs in results/quality.jsonl say."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
 from experiments.common import PAPER_TABLE_6, ROWS
+from moda import plain
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}  # and how they are spelled
 WARMUP = 300  # steps
+AS_LONG_AS = {"longer": "row4", "longer3": "row3", "longer4": "every4"}  # plain, with the time of these rows
 
 
 def results_path(text):
@@ -71,25 +74,25 @@ def at_same_setting(runs, plain):
     return differences(runs, plain.get((runs[0]["lr"], runs[0]["warmup"]), {}).values())
 
 
-def relative_speed(lines, row, n_layer):
-    """Training speed of a row, tokens/s over plain's: the fastest run of each, of the commit and machine with the
-    fastest run of plain. None if the row has not run there."""
-    lines = [line for line in lines if line["n_layer"] == n_layer]
+def relative_speed(lines, row):
+    """Training speed of a row, of lines of one shape: tokens/s over plain's. Medians over the runs of one machine and
+    commit, those of plain's fastest run. None if the row has not run there."""
     plain = max((line for line in lines if line["row"] == "plain"), key=lambda line: line["tokens_per_s"], default=None)
-    here = [x["tokens_per_s"] for x in lines if plain and x["row"] == row and x["machine"] == plain["machine"]]
-    return max(here) / plain["tokens_per_s"] if here else None
+    here = [line for line in lines if plain and line["machine"] == plain["machine"]]
+    speeds = [[line["tokens_per_s"] for line in here if line["row"] == name] for name in (row, "plain")]
+    return statistics.median(speeds[0]) / statistics.median(speeds[1]) if all(speeds) else None
 
 
 def power_law(points):
-    """{tokens: loss} at three budgets -> the function E + A / tokens ** a that goes through them."""
+    """{tokens: loss} at three budgets -> the function E + A / tokens ** a that goes through them, or None."""
     (x, f), (y, g), (z, h) = sorted(points.items())
     low, high = 1e-3, 5.0
 
     def bend(a):  # the first drop over the second: it grows with a
         return (x**-a - y**-a) / (y**-a - z**-a)
 
-    if not bend(low) < (f - g) / (g - h) < bend(high):
-        raise ValueError(f"no power law goes through {points}")
+    if not f > g > h or not bend(low) < (f - g) / (g - h) < bend(high):
+        return None
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if bend(middle) < (f - g) / (g - h) else (low, middle)
@@ -98,26 +101,33 @@ def power_law(points):
 
 
 def pays(lines):
-    """Rows against plain, per token and per second: [(n_layer, budget, row, its runs, differences, speed, gained)].
+    """Whether MoDA pays for its time -> [(group, row, runs, differences, speed, gained, how)], a group as in `tries`.
 
-    differences: minus plain at the row's setting, seed by seed. speed: `relative_speed`. gained: what plain gains from
-    as much more text as it reads in the row's time, in nats per token, by the power law through plain's losses at three
-    budgets; the row is ahead per second if its gain is larger. None where a number is missing."""
+    runs: of the row, at its best setting. differences: of loss, minus plain at that setting, seed by seed. speed:
+    `relative_speed`. gained, above 0: how much lower plain's loss gets by the text that it reads in the row's time.
+    how: "measured", by a row of AS_LONG_AS, or "curve", by the power law through plain's losses at the three nearest
+    budgets. For the same time the row is ahead if mean(differences) + gained is below 0. None: a number is missing."""
     tried, out = tries(lines), []
-    for (n_layer, *kind, budget), rows in sorted(tried.items()):
-        losses = {}
-        for (n, *other, tokens), there in tried.items():
-            if (n, other) == (n_layer, kind) and "plain" in there:
-                runs = there["plain"][best_setting(there["plain"])].values()
-                losses[tokens] = statistics.mean(line["val_loss"] for line in runs)
-        for row in (row for row in ROWS if row in rows):
+    for (*shape, budget), rows in sorted(tried.items()):
+        alike = {n: there["plain"] for (*other, n), there in tried.items() if other == shape and "plain" in there}
+        budgets = sorted(alike, key=lambda n: abs(math.log(n / budget)))[:3]
+        best = {n: alike[n][best_setting(alike[n])].values() for n in budgets}
+        losses = {n: statistics.mean(line["val_loss"] for line in runs) for n, runs in best.items()}
+        law = power_law(losses) if len(losses) == 3 else None
+        same_shape = [line for line in lines if [line["n_layer"], line["norm"], line["optimizer"]] == shape]
+        longer = {row: name for name, row in AS_LONG_AS.items() if name in rows}
+        for row in (row for row in ROWS if row in rows and ROWS[row][1] is not plain):
             runs = [*rows[row][best_setting(rows[row])].values()]
-            if deltas := at_same_setting(runs, rows.get("plain", {})) if row != "plain" else []:
-                speed, gained = relative_speed(lines, row, n_layer), None
-                if speed and len(losses) == 3:
-                    law = power_law(losses)
-                    gained = law(budget) - law(budget / speed)
-                out.append((n_layer, budget, row, runs, deltas, speed, gained))
+            deltas, speed = at_same_setting(runs, rows.get("plain", {})), relative_speed(same_shape, row)
+            gained, how = None, None
+            if row in longer:
+                settings = rows[longer[row]]
+                gains = at_same_setting([*settings[best_setting(settings)].values()], rows.get("plain", {}))
+                gained, how = (-statistics.mean(gains), "measured") if gains else (None, None)
+            elif speed and law:
+                gained, how = law(budget) - law(budget / speed), "curve"
+            if deltas:
+                out.append(((*shape, budget), row, runs, deltas, speed, gained, how))
     return out
 
 

@@ -28,6 +28,7 @@ from experiments import texts
 from experiments.common import ROWS, row_config
 from experiments.plots import draw_quality, save
 from experiments.quality import (
+    AS_LONG_AS,
     OPTIMIZERS,
     WARMUP,
     at_same_setting,
@@ -44,7 +45,6 @@ from moda import PRESETS, MoDA
 from text import tokenizer_from_json, validation_windows
 from train_small import TrainConfig, train
 
-AS_LONG_AS = {"longer": "row4", "longer3": "row3", "longer4": "every4"}  # plain, with the time of these rows
 BATCH = 16  # sequences of 512 tokens
 # the best for plain with 24 layers, of those in results/quality.md
 LR = {"muon": {"post": 1e-3, "pre": 2e-3}, "adamw": {"post": 1e-3, "pre": 2e-3}}
@@ -196,18 +196,19 @@ at its best learning rate and warmup, among those with the most seeds. Minus bas
         page += [
             """## Does it pay?
 
-Speed: tokens/s of training, over the baseline's. In its time: what the baseline gains from the text that it reads in
-the row's time, by the power law through its losses at three budgets. Per second: the two differences together; below
-zero the row is ahead.
+Speed: tokens/s of training, over the baseline's. Gains: how much lower the baseline gets by the text that it reads in
+the row's time; measured, or by the curve (a power law) through its losses at three budgets. Same time: minus baseline,
+plus that. Below zero the row is ahead.
 """
         ]
         cells = []
-        for n_layer, budget, row, _, deltas, speed, gained in pays(lines):
-            cells.append([n_layer, f"{budget:g}", row, paired(deltas), f"{speed:.3f}" if speed else ""])
-            cells[-1] += (
-                [f"{-gained:.4f}", f"{statistics.mean(deltas) + gained:+.4f}"] if gained is not None else ["", ""]
+        for (n_layer, _, _, budget), row, _, deltas, speed, gained, how in pays(lines):
+            cells.append([n_layer, f"{budget:g}", row, paired(deltas), f"{speed:.2f}" if speed else ""])
+            same_time = (
+                ["", ""] if gained is None else [f"{gained:.4f}, {how}", f"{statistics.mean(deltas) + gained:+.4f}"]
             )
-        page += table("layers|millions of tokens|row|minus baseline|speed|baseline in its time|per second", cells, 3)
+            cells[-1] += same_time
+        page += table("layers|millions of tokens|row|minus baseline|speed|baseline gains|same time", cells, 3)
     page += [
         """## Every row at its best
 

@@ -21,8 +21,7 @@ import time
 
 from experiments import quality, texts
 from experiments.common import ROWS
-from experiments.quality import WARMUP
-from experiments.replicate import AS_LONG_AS
+from experiments.quality import AS_LONG_AS, WARMUP
 
 
 def rate(k):

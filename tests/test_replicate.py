@@ -118,10 +118,10 @@ def test_the_committed_report_is_that_of_the_committed_runs(place):
 
 
 def test_whether_a_row_pays():
-    """What plain gains in a row's time is read off the power law through its own losses."""
+    """What plain gains in a row's time was measured, or is read off the power law through its own losses."""
 
-    def line(row, budget, loss, speed, seed=0, machine="new"):
-        setting = {"n_layer": 24, "norm": "post", "optimizer": "muon", "lr": 1e-3, "warmup": 300, "machine": machine}
+    def line(row, budget, loss, speed, seed=0, machine="new", norm="post"):
+        setting = {"n_layer": 24, "norm": norm, "optimizer": "muon", "lr": 1e-3, "warmup": 300, "machine": machine}
         result = {"budget": budget, "val_loss": loss, "tokens_per_s": speed}
         return setting | {"row": row, "seed": seed} | result
 
@@ -132,12 +132,17 @@ def test_whether_a_row_pays():
     lines += [line("row4", 64, law(64) - 0.03, 800), line("row4", 64, law(64) - 0.05, 600, 1, "old")]
     lines += [line("every2", 192, 1.0, 600, machine="old"), line("row3", 16, 1.0, 900) | {"n_layer": 48}]
     row_4, every_2 = quality.pays(lines)
-    assert row_4[:3] == (24, 64, "row4") and row_4[4] == pytest.approx([-0.03, -0.05])
-    assert row_4[5] == 0.8 and row_4[6] == pytest.approx(law(64) - law(80), rel=1e-6)
-    assert every_2[2] == "every2" and every_2[5:] == (None, None)  # its speed is of another commit
-    assert quality.pays([x for x in lines if x["budget"] != 16])[0][5:] == (0.8, None)  # two budgets are no curve
-    with pytest.raises(ValueError, match="power law"):
-        quality.power_law({16: 1.0, 64: 0.9, 192: 0.5})
+    assert row_4[:2] == ((24, "post", "muon", 64), "row4") and row_4[3] == pytest.approx([-0.03, -0.05])
+    assert row_4[4] == 0.8 and row_4[5] == pytest.approx(law(64) - law(80), rel=1e-6) and row_4[6] == "curve"
+    assert every_2[1] == "every2" and every_2[4:] == (None, None, None)  # its speed is of another commit
+    more = [line("plain", 4096, 0.85, 1000), line("plain", 64, 3.0, 2000, norm="pre")]  # farther away; another norm
+    assert quality.pays(lines + more)[0][5] == row_4[5]
+    few = [x for x in lines if x["budget"] != 16]
+    assert quality.pays(few)[0][4:] == (0.8, None, None)  # two budgets are no curve
+    (measured, _) = quality.pays([*few, line("longer", 64, law(64) - 0.02, 1000)])
+    assert measured[4:] == (0.8, pytest.approx(0.02), "measured")
+    for losses in ((1.0, 0.9, 0.5), (1.0, 1.1, 0.5), (1.0, 0.9, 0.9)):
+        assert quality.power_law(dict(zip((16, 64, 192), losses, strict=True))) is None
 
 
 def test_as_many_steps_as_the_time_of_the_other_buys():
