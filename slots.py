@@ -4,7 +4,7 @@ A slot is read by every layer above the one that wrote it, and its gradient is t
 add reader by reader, through memory: for each, a gradient of all slots is written, read and added. Here a layer's
 backward computes its dq alone, and leaves (q, do, lse, delta) behind. When the backward reaches the sublayer that wrote
 a slot, all its readers have been there. Then one kernel goes through them and adds in registers: FlashAttention's dK,
-dV loop, with layers in place of query blocks.
+dV loop, with layers in place of query blocks. While decoding there is one token: `place` stores its heads.
 """
 
 import math
