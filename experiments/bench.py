@@ -31,11 +31,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel
 from environment import machine
-from experiments.common import LADDER, PAPER_TABLE_2, PAPER_TABLE_7, ROWS, flops, relative_error, row_config, train_step
+from experiments.common import (
+    LADDER,
+    PAPER_TABLE_2,
+    PAPER_TABLE_7,
+    ROWS,
+    SHAPES,
+    flops,
+    relative_error,
+    row_config,
+    train_floor,
+    train_step,
+)
 from experiments.plots import redraw
 from fast import FastMoDA, record
 from kernel import moda_attention, moda_attention_reference
-from moda import PRESETS, KVCache, MoDAConfig, plain
+from moda import KVCache, MoDAConfig, plain
 from sdpa import sequence_backward
 
 ROOT = Path(__file__).parent
@@ -338,32 +349,9 @@ def ladder(reps):
 
 # --------------------------------------------------------------------------------------------------- bench.py train
 
-SHAPES = {  # name: (config of row 4, B)
-    "24l-512": (MoDAConfig(512, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512), 64),
-    "24l-1024": (MoDAConfig(2048, 32_000, n_layer=24, n_head=16, n_kv_head=16, n_embd=1024), 8),
-    "paper-700m": (replace(PRESETS["paper-700m"], vocab_size=32_000), 2),
-    "paper-48l": (replace(PRESETS["paper-48l"], vocab_size=4096), 64),
-}
 WHOLE = "plain, one graph"  # is that a better yardstick? In one shape only: 48 layers take minutes to compile so
 # as the results spell it: as common.ROWS does
 MODELS = {"plain": "plain", WHOLE: "plain", "row 3": "row3", "row 4": "row4", "row 4, window 16": "window16"}
-
-
-def train_floor(config, B, plain_rate, copy_rate):
-    """Milliseconds that depth must add to a step: (projections, slots).
-
-    The projections are extra matrix products, forward and twice backward, at the plain model's own rate (FLOP/ms). The
-    slots: each reader reads K and V once forward and once backward, q, o, o' and q, o, do, dq, dq' beside them, and
-    each slot's gradient is written once, at the measured copy bandwidth (byte/ms).
-    """
-    T = config.block_size
-    slots_read = [len(config.slot_names(layer)) for layer in range(config.n_layer)]
-    attention = 4 * T * sum(slots_read) * config.n_embd
-    extra_flops = 3 * B * (flops(config, T) - flops(plain(config), T) - attention)
-    slot, q = 2 * 2 * B * T * config.n_kv_head * config.head_dim, 2 * B * T * config.n_embd  # bytes in bf16
-    n_written = sum(config.is_read(kind, layer) for kind in config.slot_kinds for layer in range(config.n_layer))
-    n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * q * sum(n > 0 for n in slots_read)
-    return extra_flops / plain_rate, n_bytes / copy_rate
 
 
 def kernel_times(step):
@@ -403,7 +391,7 @@ def bench_train(args):
     copy_TBps, matmul_TFLOPs = ceilings()
     print(f"{this_gpu()}\ncopy {copy_TBps:.2f} TB/s, bf16 matmul {matmul_TFLOPs:.0f} TFLOP/s")
     print("steps are compiled and replayed as CUDA graphs; ms by the wall clock, the split by the profiler")
-    head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor,depth fwd,dq,dk dv,rest,FFN KV"
+    head = "shape,model,ms,tokens/s,of plain,extra ms,floor ms,extra / floor / scheme,depth fwd,dq,dk dv,rest,FFN KV"
     lines, path = [(head + ",GB,of plain,MFU,compile s,error").split(",")], result_path("train")
     shapes = json.loads(path.read_text())["shapes"] if path.exists() else {}  # those that this call does not measure
     models = MODELS | {row: row for row in args.row or ()}
@@ -458,16 +446,18 @@ def bench_train(args):
         plain_rate = 3 * B * flops(plain(row_4), T) / median(info["plain"]["ms"])
         for row, measured in info.items():
             config, ms, beside = row_config(models[row], row_4), measured["ms"], measured["beside_ms"]
-            floor = sum(train_floor(config, B, plain_rate, copy_TBps * 1e9))
+            floors = train_floor(config, B, plain_rate, copy_TBps * 1e9)
+            floor, scheme = sum(floors[:2]), sum(floors)
             extra = median([a - b for a, b in zip(ms, beside, strict=True)])
             mfu = 3 * B * flops(config, T) / median(ms) / 1e9 / matmul_TFLOPs
-            measured |= {"floor_ms": floor, "extra_ms": extra, "mfu": mfu}
+            measured |= {"floor_ms": floor, "scheme_ms": scheme, "extra_ms": extra, "mfu": mfu}
             peak, split = measured["peak_GB"], [f"{part:.1f}" for part in measured["kernels_ms"].values()]
             # what is no depth kernel and not there without the FFN's slots: their projection, norm, rotation, writing
             ffn_kv = measured["kernels_ms"]["rest"] - info["row 3"]["kernels_ms"]["rest"] if config.ffn_kv else 0.0
             lines.append([name, row, f"{median(ms):.1f}", f"{B * T / median(ms) * 1000:,.0f}",
                          f"{median(beside) / median(ms):.3f}", f"{extra:.1f}", f"{floor:.1f}",
-                         f"{extra / floor:.2f}" if floor else "-", *split, f"{ffn_kv:.1f}", f"{peak:.1f}",
+                         f"{extra / floor:.2f} / {extra / scheme:.2f}" if floor else "-",
+                         *split, f"{ffn_kv:.1f}", f"{peak:.1f}",
                          f"{peak / info['plain']['peak_GB']:.2f}", f"{mfu:.0%}", f"{measured['compile_s']:.0f}",
                          f"{measured['error']:.0e}"])  # fmt: skip
             print(*lines[-1], sep=" | ", flush=True)

@@ -5,7 +5,8 @@ from functools import partial
 
 import torch
 
-from moda import plain
+from moda import PRESETS, MoDAConfig, plain
+from slots import SlotBuffers
 
 ROWS = {  # of the paper's Table 3, and variants: what it is, and a function that makes it of the configuration of row 4
     "plain": ("plain Transformer", plain),
@@ -68,6 +69,59 @@ def flops(config, T):
     weights = c.n_layer * layer + n_extra * 2 * c.n_embd * kv_dim + c.n_embd * c.vocab_size
     keys = sum(T + len(c.slot_names(i)) for i in range(c.n_layer))  # that one query sees, over all layers
     return 2 * T * weights + 4 * T * keys * c.n_embd
+
+
+SHAPES = {  # name: (config of row 4, B)
+    "24l-512": (MoDAConfig(512, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512), 64),
+    "24l-1024": (MoDAConfig(2048, 32_000, n_layer=24, n_head=16, n_kv_head=16, n_embd=1024), 8),
+    "paper-700m": (replace(PRESETS["paper-700m"], vocab_size=32_000), 2),
+    "paper-48l": (replace(PRESETS["paper-48l"], vocab_size=4096), 64),
+}
+
+
+def train_floor(config, B, plain_rate, copy_rate):
+    """Milliseconds that depth must add to a step: (projections, slots, second reading).
+
+    The projections are extra matrix products, forward and twice backward, at the plain model's own rate (FLOP/ms). The
+    slots: each reader reads K and V once forward and once backward, q, o, o' and q, o, do, dq, dq' beside them, and
+    each slot's gradient is written once, at the measured copy bandwidth (byte/ms). No scheme can do with less. Ours, by
+    `gradient_bytes`, reads slots and readers a second time for dk and dv: what that adds.
+    """
+    T = config.block_size
+    slots_read = [len(config.slot_names(layer)) for layer in range(config.n_layer)]
+    attention = 4 * T * sum(slots_read) * config.n_embd
+    extra_flops = 3 * B * (flops(config, T) - flops(plain(config), T) - attention)
+    slot, q = 2 * 2 * B * T * config.n_kv_head * config.head_dim, 2 * B * T * config.n_embd  # bytes in bf16
+    n_written = sum(config.is_read(kind, layer) for kind in config.slot_kinds for layer in range(config.n_layer))
+    n_bytes = slot * (2 * sum(slots_read) + n_written) + 8 * q * sum(n > 0 for n in slots_read)
+    second = gradient_bytes(config, B) - slot * n_written
+    return extra_flops / plain_rate, n_bytes / copy_rate, second / copy_rate
+
+
+def gradient_bytes(config, B):
+    """Bytes that the slots' gradients take in bf16, by count: each call of the kernel in slots.py reads K and V of its
+    slots, q, do, lse and delta of its readers and the sums that it goes on from, and writes its gradients."""
+    kv, q, lse = (B * config.block_size * n for n in (config.n_kv_head * config.head_dim, config.n_embd, config.n_head))
+    calls = []
+
+    class Counting(SlotBuffers):
+        def sum_readers(self, since, first, last, dtype, sums=None):
+            n_slot, readers = last - first, self.readers[since:]
+            n_reader = sum(start < last or first < self.n_first for (start,) in readers)
+            a_slot = 2 * kv * (2 * (n_reader > 0) + 4 * (sums is not None) + dtype.itemsize)
+            calls.append(n_slot * a_slot + n_reader * 2 * (2 * q + 4 * lse))
+            return [[None] * n_slot] * 2
+
+    buffers, per_layer = Counting(config), len(config.slot_kinds)
+    buffers.k = torch.empty(0, dtype=torch.bfloat16)
+    for layer in reversed(range(config.n_layer)):  # the order of the backward
+        for number in reversed(range(layer * per_layer, min((layer + 1) * per_layer, buffers.n_slot))):
+            if config.is_read(config.slot_kinds[number % per_layer], layer):
+                buffers.gradients(number)
+        reads = config.slots_read(layer)
+        if reads:  # where the last run of successive slots begins
+            buffers.readers.append((max(number for number in reads if number - 1 not in reads),))
+    return sum(calls)
 
 
 # --------------------------------------------------------------------------------------------------- of the paper

@@ -15,7 +15,7 @@ from statistics import median
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from experiments.common import PAPER_TABLE_2, PAPER_TABLE_7, ROWS
+from experiments.common import PAPER_TABLE_2, PAPER_TABLE_7, ROWS, SHAPES, flops, train_floor
 from experiments.quality import (
     OPTIMIZERS,
     WARMUP,
@@ -28,6 +28,7 @@ from experiments.quality import (
     pays,
     tries,
 )
+from moda import plain as without_depth
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -127,7 +128,7 @@ def draw_train(result):
     left.set_ylabel("of plain's tokens/s")
     titled(left, "training speed: more is better")
     left.legend(frameon=False, fontsize=9, ncols=3, loc="upper left")
-    for x, shape in enumerate(shapes.values()):
+    for x, (name, shape) in enumerate(shapes.items()):
         rows, bottom = shape["rows"], 0.0
         plain = median(rows["plain"]["ms"])
         for part, color in PARTS.items():
@@ -135,9 +136,14 @@ def draw_train(result):
             label = "projections and everything else" if part == "rest" else part
             right.bar(x, ms / plain, 0.5, bottom, color=color, label=label if x == 0 else None)
             bottom += ms / plain
-        floor = rows["row 4"]["floor_ms"] / plain
-        label = "floor: all but a second reading for dk, dv" if x == 0 else None
-        right.plot([x - 0.33, x + 0.33], [floor] * 2, color=INK, lw=2, label=label)
+        row_4, B = SHAPES[name]
+        rate = 3 * B * flops(without_depth(row_4), row_4.block_size) / plain
+        *floor, second = (ms / plain for ms in train_floor(row_4, B, rate, shape["copy_TBps"] * 1e9))
+        for ms, ls, label in (
+            (sum(floor) + second, ":", "floor, and a second reading for dk, dv"),
+            (sum(floor), "-", "floor"),
+        ):
+            right.plot([x - 0.33, x + 0.33], [ms] * 2, color=INK, lw=2, ls=ls, label=label if x == 0 else None)
     right.yaxis.set_major_formatter(PercentFormatter(1, 0))
     right.set_ylabel("of plain's step")
     titled(right, "GPU time that row 4 adds: less is better")

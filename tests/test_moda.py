@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernel
 import moda
-from experiments.common import flops
+from experiments.common import flops, gradient_bytes
 from kernel import moda_attention_reference
 from moda import PRESETS, DepthStream, KVCache, MoDA, MoDAConfig, plain
 
@@ -544,6 +544,18 @@ def test_flops_are_what_pytorch_counts(variant):
     single = sum(len(config.slot_names(layer)) == 1 for layer in range(config.n_layer))
     not_counted = single * 2 * 11 * config.n_embd  # the sum over one slot is no matrix product, so PyTorch sees none
     assert flops(config, 11) == counter.get_total_flops() + not_counted
+
+
+def test_bytes_of_the_slots_gradients():
+    """Three layers in row 3, by hand: slot 1 has one reader, slot 0 two, and each is one call."""
+    config, B, T = replace(SMALL, ffn_kv=False), 5, SMALL.block_size
+    kv, q, lse = B * T * config.n_kv_head * config.head_dim, B * T * config.n_embd, B * T * config.n_head
+    a_slot, a_reader = 2 * kv * (2 + 2), 2 * (2 * q + 4 * lse)  # K, V, dK, dV in bf16; q, do in bf16, lse, delta
+    assert gradient_bytes(config, B) == 2 * a_slot + 3 * a_reader
+    deep = replace(config, n_layer=12)  # reading all 11 readers of each slot would be the naive way, blocks take less
+    naive = sum(a_slot + n_reader * a_reader for n_reader in range(1, 12))
+    assert 11 * a_slot + 11 * a_reader < gradient_bytes(deep, B) < naive
+    assert gradient_bytes(plain(config), B) == 0
 
 
 # ------------------------------------------------------------------------------------------------ training, and PyTorch
