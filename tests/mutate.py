@@ -154,7 +154,7 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("slots.py:Write.forward", "buffers.lowest is None and any(ctx.needs_input_grad)", "buffers.lowest is None"),
     ("slots.py:Attend.backward", "buffers.begin_backward(ctx.layer.first_slot)", "pass"),
     ("slots.py:Attend.backward", "laid_out(q, buffers.readers[0][0] if buffers.readers else q)", "q"),
-    ("slots.py:Attend.backward", "o = laid_out(o, q)", "pass"),
+    ("slots.py:Attend.backward", "o = laid_out(o, q)", "o = o"),
     ("slots.py:Attend.backward", "torch.zeros_like(q) if do is None else laid_out(do, q)", "torch.zeros_like(q) if do is None else do"),
     ("slots.py:_slots_backward_kernel", "(slot[None, :] >= first_read[:, None])", "(slot[None, :] > first_read[:, None])"),
     ("slots.py:_slots_backward_kernel", "(slot[None, :] < n_first)", "(slot[None, :] < 0)"),
@@ -219,6 +219,7 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
 EQUIVALENT = {  # place, what it becomes: why no test can see it
     ("kernel.py:moda_attention", "or"): "a CPU has a fused attention for every dtype; it takes a GPU to notice",
     ("sdpa.py:_key_blocks", "if not causal:"): "one query with a prefix and a square of one key: the same numbers",
+    ("slots.py:Attend.backward", "o = o"): "cuDNN alone wants it so: see sdpa.py; it takes a GPU to notice",
     ("slots.py:SlotBuffers.gradients", "slot, slot + 1"): "a stretch's slots one by one: slower, the same numbers",
     ("slots.py:SlotBuffers.gradients", "True for"): "sums of readers that no slot has: slower, the same numbers",
 }
