@@ -225,8 +225,10 @@ class DecodingCache(KVCache):
             if self.n_token == 4 and x.is_cuda:  # by then PyTorch has prepared whatever it prepares at first use
                 kept = torch.is_autocast_cache_enabled()
                 torch.set_autocast_cache_enabled(False)  # weights that autocast has cast do not live as long
-                self.run = record(self.run, x, position, warmup=0)
-                torch.set_autocast_cache_enabled(kept)
+                try:
+                    self.run = record(self.run, x, position, warmup=0)
+                finally:
+                    torch.set_autocast_cache_enabled(kept)
             return self.run(x, position)
 
 

@@ -77,8 +77,9 @@ def at_same_setting(runs, plain):
 def relative_speed(lines, row):
     """Training speed of a row, of lines of one shape: tokens/s over plain's. Medians over the runs of one machine and
     commit, those of plain's fastest run. None if the row has not run there."""
-    plain = max((line for line in lines if line["row"] == "plain"), key=lambda line: line["tokens_per_s"], default=None)
-    here = [line for line in lines if plain and line["machine"] == plain["machine"]]
+    baseline = [line for line in lines if line["row"] == "plain"]
+    fastest = max(baseline, key=lambda line: line["tokens_per_s"], default={"machine": None})
+    here = [line for line in lines if line["machine"] == fastest["machine"]]
     speeds = [[line["tokens_per_s"] for line in here if line["row"] == name] for name in (row, "plain")]
     return statistics.median(speeds[0]) / statistics.median(speeds[1]) if all(speeds) else None
 
