@@ -450,7 +450,7 @@ def bench_train(args):
             floor, scheme = sum(floors[:2]), sum(floors)
             extra = median([a - b for a, b in zip(ms, beside, strict=True)])
             mfu = 3 * B * flops(config, T) / median(ms) / 1e9 / matmul_TFLOPs
-            measured |= {"floor_ms": floor, "scheme_ms": scheme, "extra_ms": extra, "mfu": mfu}
+            measured |= {"floor_ms": floor, "extra_ms": extra, "mfu": mfu}
             peak, split = measured["peak_GB"], [f"{part:.1f}" for part in measured["kernels_ms"].values()]
             # what is no depth kernel and not there without the FFN's slots: their projection, norm, rotation, writing
             ffn_kv = measured["kernels_ms"]["rest"] - info["row 3"]["kernels_ms"]["rest"] if config.ffn_kv else 0.0

@@ -1,5 +1,6 @@
 """What the runs in results/quality.jsonl say."""
 
+import itertools
 import json
 import math
 import statistics
@@ -85,7 +86,7 @@ def relative_speed(lines, row):
 
 
 def power_law(points):
-    """{tokens: loss} at three budgets -> the function E + A / tokens ** a that goes through them, or None."""
+    """{tokens: loss} at three budgets -> E, A, a of the law E + A / tokens ** a that goes through them, or None."""
     (x, f), (y, g), (z, h) = sorted(points.items())
     low, high = 1e-3, 5.0
 
@@ -98,7 +99,34 @@ def power_law(points):
         middle = (low + high) / 2
         low, high = (middle, high) if bend(middle) < (f - g) / (g - h) else (low, middle)
     scale = (g - h) / (y**-low - z**-low)
-    return lambda tokens: h + scale * (tokens**-low - z**-low)
+    return h - scale * z**-low, scale, low
+
+
+def law_of(tried, shape, budget):
+    """`power_law` through plain's losses at the three budgets nearest to this one, or None. shape: a group's, see
+    `tries`, without the budget."""
+    alike = {n: there["plain"] for (*other, n), there in tried.items() if other == [*shape] and "plain" in there}
+    budgets = sorted(alike, key=lambda n: abs(math.log(n / budget)))[:3]
+    best = {n: alike[n][best_setting(alike[n])].values() for n in budgets}
+    losses = {n: statistics.mean(line["val_loss"] for line in runs) for n, runs in best.items()}
+    return power_law(losses) if len(losses) == 3 else None
+
+
+def spread_of_a_run(rows):
+    """Standard deviation of one run's loss, pooled over the rows {row: settings} with several seeds; or None."""
+    best = [rows[row][best_setting(rows[row])].values() for row in rows]
+    losses = [[line["val_loss"] for line in runs] for runs in best if len(runs) > 1]
+    n = sum(len(x) - 1 for x in losses)
+    return math.sqrt(sum(statistics.variance(x) * (len(x) - 1) for x in losses) / n) if n else None
+
+
+def break_even(found):
+    """[(budget, minus plain for the same time)] -> the budget at which that falls below zero, or None. Between two
+    budgets it is taken to be straight over their logarithm."""
+    for (n, behind), (m, ahead) in itertools.pairwise(sorted(found)):
+        if behind > 0 > ahead:
+            return n * (m / n) ** (behind / (behind - ahead))
+    return None
 
 
 def pays(lines):
@@ -110,11 +138,7 @@ def pays(lines):
     budgets. For the same time the row is ahead if mean(differences) + gained is below 0. None: a number is missing."""
     tried, out = tries(lines), []
     for (*shape, budget), rows in sorted(tried.items()):
-        alike = {n: there["plain"] for (*other, n), there in tried.items() if other == shape and "plain" in there}
-        budgets = sorted(alike, key=lambda n: abs(math.log(n / budget)))[:3]
-        best = {n: alike[n][best_setting(alike[n])].values() for n in budgets}
-        losses = {n: statistics.mean(line["val_loss"] for line in runs) for n, runs in best.items()}
-        law = power_law(losses) if len(losses) == 3 else None
+        law = law_of(tried, shape, budget)
         same_shape = [line for line in lines if [line["n_layer"], line["norm"], line["optimizer"]] == shape]
         longer = {row: name for name, row in AS_LONG_AS.items() if name in rows}
         for row in (row for row in ROWS if row in rows and ROWS[row][1] is not plain):
@@ -126,7 +150,7 @@ def pays(lines):
                 gains = at_same_setting([*settings[best_setting(settings)].values()], rows.get("plain", {}))
                 gained, how = (-statistics.mean(gains), "measured") if gains else (None, None)
             elif speed and law:
-                gained, how = law(budget) - law(budget / speed), "curve"
+                gained, how = law[1] * (budget ** -law[2] - (budget / speed) ** -law[2]), "curve"
             if deltas:
                 out.append(((*shape, budget), row, runs, deltas, speed, gained, how))
     return out

@@ -33,12 +33,15 @@ from experiments.quality import (
     WARMUP,
     at_same_setting,
     best_runs,
+    break_even,
     differences,
     finished,
+    law_of,
     paper_difference,
     pays,
     results_path,
     spread,
+    spread_of_a_run,
     tries,
 )
 from moda import PRESETS, MoDA
@@ -166,6 +169,24 @@ def described(group):
     return [str(n_layer), norm, OPTIMIZERS[optimizer], f"{length:g}"]
 
 
+def what_it_rests_on(lines):
+    """Sentences below the table "Does it pay?"."""
+    tried, sentences, at = tries(lines), [], {}
+    for (*shape, budget), rows in sorted(tried.items()):
+        if law := law_of(tried, shape, budget):
+            sentences.append("The baseline's curve: {:.2f} + {:.2f} / (millions of tokens)^{:.3f}.".format(*law))
+        if one := spread_of_a_run(rows):
+            size = f"{shape[0]} layers and {budget:g} million tokens"
+            sentences.append(f"One run of {size} varies by {one:.4f}, pooled over the rows with several seeds.")
+    for (*shape, budget), row, _, deltas, _, gained, _ in pays(lines):
+        if gained is not None:
+            at.setdefault((*shape, row), []).append((budget, statistics.mean(deltas) + gained))
+    for (n_layer, *_, row), points in at.items():
+        if tokens := break_even(points):
+            sentences.append(f"With {n_layer} layers {row} breaks even near {tokens:.0f} million tokens.")
+    return [f"* {sentence}" for sentence in dict.fromkeys(sentences)]  # budgets may share a curve
+
+
 def report(text="novels"):
     """results/quality.jsonl -> results/quality.md and quality.png; of another text quality_TEXT.jsonl -> .md."""
     lines, path = finished(text), results_path(text)
@@ -209,6 +230,7 @@ plus that. Below zero the row is ahead.
             )
             cells[-1] += same_time
         page += table("layers|millions of tokens|row|minus baseline|speed|baseline gains|same time", cells, 3)
+        page += [*what_it_rests_on(lines), ""]
     page += [
         """## Every row at its best
 

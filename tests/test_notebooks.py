@@ -1,6 +1,8 @@
 """How the notebooks are written. That they run, and that their claims hold, is `pytest --nbmake notebooks`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,9 @@ def test_cells_are_short_and_figures_described(path):
         has_figure = any("image/png" in output.get("data", {}) for output in cell["outputs"])
         # JupyterLab reads no alt text; `jupyter nbconvert --template classic` reads the cell's
         assert has_figure == bool(cell["metadata"].get("alt")), f"{cell['id']}: its metadata needs `alt`, a sentence"
+
+
+def test_cells_are_python_3_10():
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--target-version", "py310", "--select", "E9"]
+    run = subprocess.run([*command, *map(str, NOTEBOOKS)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout

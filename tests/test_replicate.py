@@ -141,6 +141,18 @@ def test_whether_a_row_pays():
     assert quality.pays(few)[0][4:] == (0.8, None, None)  # two budgets are no curve
     (measured, _) = quality.pays([*few, line("longer", 64, law(64) - 0.02, 1000)])
     assert measured[4:] == (0.8, pytest.approx(0.02), "measured")
+    said = replicate.what_it_rests_on([*lines, line("row4", 192, law(192) - 0.08, 800)])
+    assert said[0] == "* The baseline's curve: 0.80 + 3.00 / (millions of tokens)^0.400."
+    assert "varies by 0.0100" in said[1] and said[2] == "* With 24 layers row4 breaks even near 75 million tokens."
+    assert quality.break_even([(64, 0.01), (256, -0.01)]) == pytest.approx(128)
+    assert quality.break_even([(64, -0.01), (256, -0.02)]) is None
+    seeds = (
+        {0: {"val_loss": 1.0}, 1: {"val_loss": 1.2}},
+        {0: {"val_loss": 3.0}, 1: {"val_loss": 3.4}},
+        {0: {"val_loss": 9.0}},
+    )
+    pooled = quality.spread_of_a_run({name: {"setting": runs} for name, runs in zip("abc", seeds, strict=True)})
+    assert pooled == pytest.approx((0.02 / 2 + 0.08 / 2) ** 0.5)
     for losses in ((1.0, 0.9, 0.5), (1.0, 1.1, 0.5), (1.0, 0.9, 0.9)):
         assert quality.power_law(dict(zip((16, 64, 192), losses, strict=True))) is None
 
