@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # what notices a mutant, the likeliest first
     "kernel.py": ["test_kernel.py", "test_moda.py"],
-    "sdpa.py": ["test_kernel.py", "test_moda.py"],
+    "sdpa.py": ["test_sdpa.py", "test_kernel.py", "test_moda.py"],
     "moda.py": ["test_moda.py", "test_fast.py"],
     "fast.py": ["test_fast.py", "test_kernel.py"],
     "slots.py": ["test_fast.py", "test_slots.py", "test_kernel.py"],
@@ -59,7 +59,6 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("moda.py:rotary_table", "torch.promote_types(like.dtype, torch.float32)", "torch.float32"),
     ("moda.py:rotary_table", ".double()", ".float()"),
     ("moda.py:MoDA._apply", "if self.cos is not before:", "if False:"),
-    ("moda.py:MoDA._apply", "rotary_table(self.config, self.cos)", "rotary_table(self.config, self.embed.weight)"),
     ("moda.py:MoDA._loaded", "rotary_table(self.config, self.embed.weight)", "rotary_table(self.config, self.cos)"),
     ("moda.py:Attention.heads", "self.q_norm(q.to(self.wq.weight.dtype))", "self.q_norm(q)"),
     ("moda.py:Attention.heads", "if not self.writes:", "if False:"),
