@@ -402,8 +402,8 @@ def test_windows_are_spread_evenly():
 def test_a_large_text_takes_eight_bytes_a_byte(tmp_path):
     """Also with one character that makes Python keep four bytes for each, and a binary file that is left unread.
 
-    By count, with 2,000 tokens: 1.3 for the text, 1.4 for the words that the tokenizer counted, and 12 for each token
-    of the text, 0.35 of them a byte. That is 6.9; measured were 6.8, give or take 0.05. A second copy adds 1 to 4.
+    By count, with a vocabulary of 2,000: 1.3 for the text, 1.4 for the words that the tokenizer counted, and 12 for
+    each token, 0.35 of them a byte. That is 6.9. Measured were 6.8, give or take 0.05. A second text adds 1 to 4.
     """
     size, draw = 24_000_000, random.Random(0)
     words = ["".join(draw.choices("abcdeiounst", k=draw.randint(1, 9))) for _ in range(50_000)]
