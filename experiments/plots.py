@@ -328,19 +328,19 @@ def draw_front(lines, timed):
 
 def draw_budgets(lines, novels):
     """How far below plain's the loss is, over the training tokens: for the same text, and for the same time. lines: of
-    "linux"; novels: of the other text; 24 layers, post-norm, Muon. Bars: seeds of the difference, not of the curve.
-    Hollow: one seed. The diamonds are the paper's."""
+    "linux"; novels: of the other text; post-norm, Muon, 24 layers; squares: 48. Bars: seeds of the difference, not of
+    the curve. Hollow: one seed. The diamonds are the paper's."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     shape, shift = (24, "post", "muon"), {"row3": 0.97, "row4": 1.0, "every4": 1.03}  # so that bars lie side by side
     small, tried = (of(novels)[(*shape, 1)] for of in (best_runs, tries))
     for row, offset in shift.items():
         text, time = {}, {}  # {millions of tokens: the gain of each seed}
-        for group, name, _, deltas, _, gained, _ in pays(lines):
+        for group, name, _, same_text, _, same_time, _ in pays(lines):
             if (*group[:3], name) == (*shape, row):
-                text[group[3]] = [-delta for delta in deltas]
-                if gained is not None:
-                    time[group[3]] = [-delta - gained for delta in deltas]
+                text[group[3]] = [-delta for delta in same_text]
+                if same_time:
+                    time[group[3]] = [-delta for delta in same_time]
         color = color_of(row)
         for axes, points in ((left, text), (right, time)):
             at = sorted(points)
@@ -354,6 +354,9 @@ def draw_budgets(lines, novels):
                 error, face = (statistics.stdev(gains), color) if len(gains) > 1 else (None, "white")
                 style = {"fmt": "o", "ms": 7, "color": color, "mfc": face, "capsize": 4}
                 axes.errorbar(n * offset, statistics.mean(gains), yerr=error, zorder=3, **style)
+        for group, name, _, same_text, *_ in pays(lines):
+            if (*group[:3], name) == (48, *shape[1:], row):
+                left.plot(group[3] * offset, -statistics.mean(same_text), "s", ms=7, color=color, mfc="white")
         left.plot([], [], "o-", color=color, label=ROWS[row][0].replace("+ ", f"{row}: ", 1))
         if paper := paper_difference(24, "post", row):
             left.plot(400, -paper, **PAPER_POINTS)
@@ -365,11 +368,11 @@ def draw_budgets(lines, novels):
         axes.xaxis.set_minor_locator(NullLocator())
     left.set_xticks([16, 64, 192, 400], ["16\nnovels", "64\nC code", "192\nC code", "the paper,\nunknown"])
     left.set_ylabel("nats per token below the baseline's loss")
-    left.legend(frameon=False, fontsize=9, loc="lower right", title="hollow: one seed", title_fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="lower right", title="hollow: one seed; squares: 48 layers", title_fontsize=9)
     for y, text, side in ((0.0007, "above: MoDA is ahead", "bottom"), (-0.0007, "below: the baseline is", "top")):
         right.text(540, y, text, ha="right", va=side, color=BASELINE, fontsize=9)
     titled(left, "for the same text")
-    titled(right, "for the same time (C code: computed from the baseline's curve)")
+    titled(right, "for the same time (192M and row3: by the baseline's curve)")
     return figure
 
 

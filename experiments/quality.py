@@ -1,6 +1,5 @@
 """What the runs in results/quality.jsonl say."""
 
-import itertools
 import json
 import math
 import statistics
@@ -77,12 +76,17 @@ def at_same_setting(runs, plain):
 
 def relative_speed(lines, row):
     """Training speed of a row, of lines of one shape: tokens/s over plain's. Medians over the runs of one machine and
-    commit, those of plain's fastest run. None if the row has not run there."""
-    baseline = [line for line in lines if line["row"] == "plain"]
-    fastest = max(baseline, key=lambda line: line["tokens_per_s"], default={"machine": None})
+    commit, of those with both that on which plain is fastest. None if there is none, or if plain is a fifth slower
+    there than anywhere: with older code, other parts took the time."""
+    plain_runs = [line for line in lines if line["row"] == "plain"]
+    machines = [line["machine"] for line in lines if line["row"] == row]
+    both = [line for line in plain_runs if line["machine"] in machines]
+    fastest = max(both, key=lambda line: line["tokens_per_s"], default=None)
+    if not both or fastest["tokens_per_s"] < 0.8 * max(line["tokens_per_s"] for line in plain_runs):
+        return None
     here = [line for line in lines if line["machine"] == fastest["machine"]]
     speeds = [[line["tokens_per_s"] for line in here if line["row"] == name] for name in (row, "plain")]
-    return statistics.median(speeds[0]) / statistics.median(speeds[1]) if all(speeds) else None
+    return statistics.median(speeds[0]) / statistics.median(speeds[1])
 
 
 def power_law(points):
@@ -120,39 +124,29 @@ def spread_of_a_run(rows):
     return math.sqrt(sum(statistics.variance(x) * (len(x) - 1) for x in losses) / n) if n else None
 
 
-def break_even(found):
-    """[(budget, minus plain for the same time)] -> the budget at which that falls below zero, or None. Between two
-    budgets it is taken to be straight over their logarithm."""
-    for (n, behind), (m, ahead) in itertools.pairwise(sorted(found)):
-        if behind > 0 > ahead:
-            return n * (m / n) ** (behind / (behind - ahead))
-    return None
-
-
 def pays(lines):
-    """Whether MoDA pays for its time -> [(group, row, runs, differences, speed, gained, how)], a group as in `tries`.
+    """Whether MoDA pays for its time -> [(group, row, runs, same_text, speed, same_time, how)], a group as in `tries`.
 
-    runs: of the row, at its best setting. differences: of loss, minus plain at that setting, seed by seed. speed:
-    `relative_speed`. gained, above 0: how much lower plain's loss gets by the text that it reads in the row's time.
-    how: "measured", by a row of AS_LONG_AS, or "curve", by the power law through plain's losses at the three nearest
-    budgets. For the same time the row is ahead if mean(differences) + gained is below 0. None: a number is missing."""
+    runs: of the row, at its best setting. same_text: differences of loss, minus plain at that setting, seed by seed.
+    speed: `relative_speed`. same_time: minus plain that has read more, as much as it can in the row's time; below zero
+    the row is ahead. how: "measured", by runs of a row of AS_LONG_AS, or "curve", by the power law through plain's
+    losses at the three nearest budgets. None: a number is missing."""
     tried, out = tries(lines), []
     for (*shape, budget), rows in sorted(tried.items()):
         law = law_of(tried, shape, budget)
         same_shape = [line for line in lines if [line["n_layer"], line["norm"], line["optimizer"]] == shape]
-        longer = {row: name for name, row in AS_LONG_AS.items() if name in rows}
+        longer = {row: rows[name] for name, row in AS_LONG_AS.items() if name in rows}
         for row in (row for row in ROWS if row in rows and ROWS[row][1] is not plain):
             runs = [*rows[row][best_setting(rows[row])].values()]
-            deltas, speed = at_same_setting(runs, rows.get("plain", {})), relative_speed(same_shape, row)
-            gained, how = None, None
-            if row in longer:
-                settings = rows[longer[row]]
-                gains = at_same_setting([*settings[best_setting(settings)].values()], rows.get("plain", {}))
-                gained, how = (-statistics.mean(gains), "measured") if gains else (None, None)
+            same_text, speed = at_same_setting(runs, rows.get("plain", {})), relative_speed(same_shape, row)
+            same_time, how = None, None
+            if row in longer and (measured := at_same_setting(runs, longer[row])):
+                same_time, how = measured, "measured"
             elif speed and law:
-                gained, how = law[1] * (budget ** -law[2] - (budget / speed) ** -law[2]), "curve"
-            if deltas:
-                out.append(((*shape, budget), row, runs, deltas, speed, gained, how))
+                gained = law[1] * (budget ** -law[2] - (budget / speed) ** -law[2])
+                same_time, how = [delta + gained for delta in same_text], "curve"
+            if same_text:
+                out.append(((*shape, budget), row, runs, same_text, speed, same_time, how))
     return out
 
 

@@ -33,7 +33,7 @@ from experiments.quality import (
     WARMUP,
     at_same_setting,
     best_runs,
-    break_even,
+    best_setting,
     differences,
     finished,
     law_of,
@@ -171,19 +171,18 @@ def described(group):
 
 def what_it_rests_on(lines):
     """Sentences below the table "Does it pay?"."""
-    tried, sentences, at = tries(lines), [], {}
+    tried, sentences = tries(lines), []
     for (*shape, budget), rows in sorted(tried.items()):
-        if law := law_of(tried, shape, budget):
+        law, one = law_of(tried, shape, budget), spread_of_a_run(rows)
+        if law:
             sentences.append("The baseline's curve: {:.2f} + {:.2f} / (millions of tokens)^{:.3f}.".format(*law))
-        if one := spread_of_a_run(rows):
+        for runs in ([*rows[name][best_setting(rows[name])].values()] for name in AS_LONG_AS if law and name in rows):
+            read, loss = (statistics.mean(line[key] for line in runs) for key in ("tokens", "val_loss"))
+            at = f"At {read / 1e6:.1f} million tokens the baseline ends at {loss:.4f} ({len(runs)})"
+            sentences.append(f"{at}; the curve says {law[0] + law[1] / (read / 1e6) ** law[2]:.4f}.")
+        if one:
             size = f"{shape[0]} layers and {budget:g} million tokens"
             sentences.append(f"One run of {size} varies by {one:.4f}, pooled over the rows with several seeds.")
-    for (*shape, budget), row, _, deltas, _, gained, _ in pays(lines):
-        if gained is not None:
-            at.setdefault((*shape, row), []).append((budget, statistics.mean(deltas) + gained))
-    for (n_layer, *_, row), points in at.items():
-        if tokens := break_even(points):
-            sentences.append(f"With {n_layer} layers {row} breaks even near {tokens:.0f} million tokens.")
     return [f"* {sentence}" for sentence in dict.fromkeys(sentences)]  # budgets may share a curve
 
 
@@ -217,19 +216,15 @@ at its best learning rate and warmup, among those with the most seeds. Minus bas
         page += [
             """## Does it pay?
 
-Speed: tokens/s of training, over the baseline's. Gains: how much lower the baseline gets by the text that it reads in
-the row's time; measured, or by the curve (a power law) through its losses at three budgets. Same time: minus baseline,
-plus that. Below zero the row is ahead.
+Speed: tokens/s of training, over the baseline's. Same time: minus a baseline that reads as much more text as it can in
+the row's time; measured, or by the curve (a power law) through its losses at three budgets. Below zero the row is ahead.
 """
         ]
         cells = []
-        for (n_layer, _, _, budget), row, _, deltas, speed, gained, how in pays(lines):
-            cells.append([n_layer, f"{budget:g}", row, paired(deltas), f"{speed:.2f}" if speed else ""])
-            same_time = (
-                ["", ""] if gained is None else [f"{gained:.4f}, {how}", f"{statistics.mean(deltas) + gained:+.4f}"]
-            )
-            cells[-1] += same_time
-        page += table("layers|millions of tokens|row|minus baseline|speed|baseline gains|same time", cells, 3)
+        for (n_layer, _, _, budget), row, _, same_text, speed, same_time, how in pays(lines):
+            cells.append([n_layer, f"{budget:g}", row, paired(same_text), f"{speed:.2f}" if speed else ""])
+            cells[-1] += [paired(same_time), how] if same_time else ["", ""]
+        page += table("layers|millions of tokens|row|minus baseline|speed|same time|by", cells, 3)
         page += [*what_it_rests_on(lines), ""]
     page += [
         """## Every row at its best

@@ -133,19 +133,20 @@ def test_whether_a_row_pays():
     lines += [line("every2", 192, 1.0, 600, machine="old"), line("row3", 16, 1.0, 900) | {"n_layer": 48}]
     row_4, every_2 = quality.pays(lines)
     assert row_4[:2] == ((24, "post", "muon", 64), "row4") and row_4[3] == pytest.approx([-0.03, -0.05])
-    assert row_4[4] == 0.8 and row_4[5] == pytest.approx(law(64) - law(80), rel=1e-6) and row_4[6] == "curve"
+    gained = law(64) - law(80)
+    assert row_4[4:] == (0.8, pytest.approx([gained - 0.03, gained - 0.05], rel=1e-6), "curve")
     assert every_2[1] == "every2" and every_2[4:] == (None, None, None)  # its speed is of another commit
     more = [line("plain", 4096, 0.85, 1000), line("plain", 64, 3.0, 2000, norm="pre")]  # farther away; another norm
-    assert quality.pays(lines + more)[0][5] == row_4[5]
+    assert quality.pays(lines + more)[0] == row_4
     few = [x for x in lines if x["budget"] != 16]
     assert quality.pays(few)[0][4:] == (0.8, None, None)  # two budgets are no curve
-    (measured, _) = quality.pays([*few, line("longer", 64, law(64) - 0.02, 1000)])
-    assert measured[4:] == (0.8, pytest.approx(0.02), "measured")
-    said = replicate.what_it_rests_on([*lines, line("row4", 192, law(192) - 0.08, 800)])
-    assert said[0] == "* The baseline's curve: 0.80 + 3.00 / (millions of tokens)^0.400."
-    assert "varies by 0.0100" in said[1] and said[2] == "* With 24 layers row4 breaks even near 75 million tokens."
-    assert quality.break_even([(64, 0.01), (256, -0.01)]) == pytest.approx(128)
-    assert quality.break_even([(64, -0.01), (256, -0.02)]) is None
+    longer = line("longer", 64, law(64) - 0.02, 1000, seed=1) | {"tokens": 80e6}
+    (measured, _) = quality.pays([*few, longer])
+    assert measured[4:] == (0.8, pytest.approx([-0.03]), "measured")  # of the seed that both have
+    curve, check, spread = replicate.what_it_rests_on([*lines, longer])
+    assert curve == "* The baseline's curve: 0.80 + 3.00 / (millions of tokens)^0.400."
+    assert check == f"* At 80.0 million tokens the baseline ends at {law(64) - 0.02:.4f} (1); the curve says {law(80):.4f}."
+    assert "varies by 0.0100" in spread
     seeds = (
         {0: {"val_loss": 1.0}, 1: {"val_loss": 1.2}},
         {0: {"val_loss": 3.0}, 1: {"val_loss": 3.4}},
