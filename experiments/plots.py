@@ -368,7 +368,8 @@ def draw_budgets(lines, novels):
         axes.xaxis.set_minor_locator(NullLocator())
     left.set_xticks([16, 64, 192, 400], ["16\nnovels", "64\nC code", "192\nC code", "the paper,\nunknown"])
     left.set_ylabel("nats per token below the baseline's loss")
-    left.legend(frameon=False, fontsize=9, loc="lower right", title="hollow: one seed; squares: 48 layers", title_fontsize=9)
+    title = "hollow: one seed; squares: 48 layers"
+    left.legend(frameon=False, fontsize=9, loc="lower right", title=title, title_fontsize=9)
     for y, text, side in ((0.0007, "above: MoDA is ahead", "bottom"), (-0.0007, "below: the baseline is", "top")):
         right.text(540, y, text, ha="right", va=side, color=BASELINE, fontsize=9)
     titled(left, "for the same text")

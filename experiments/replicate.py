@@ -217,7 +217,7 @@ at its best learning rate and warmup, among those with the most seeds. Minus bas
             """## Does it pay?
 
 Speed: tokens/s of training, over the baseline's. Same time: minus a baseline that reads as much more text as it can in
-the row's time; measured, or by the curve (a power law) through its losses at three budgets. Below zero the row is ahead.
+the row's time; measured, or by the curve (a power law) through its losses at three budgets. Below zero: row ahead.
 """
         ]
         cells = []

@@ -145,7 +145,8 @@ def test_whether_a_row_pays():
     assert measured[4:] == (0.8, pytest.approx([-0.03]), "measured")  # of the seed that both have
     curve, check, spread = replicate.what_it_rests_on([*lines, longer])
     assert curve == "* The baseline's curve: 0.80 + 3.00 / (millions of tokens)^0.400."
-    assert check == f"* At 80.0 million tokens the baseline ends at {law(64) - 0.02:.4f} (1); the curve says {law(80):.4f}."
+    assert f"At 80.0 million tokens the baseline ends at {law(64) - 0.02:.4f} (1)" in check
+    assert f"the curve says {law(80):.4f}." in check
     assert "varies by 0.0100" in spread
     seeds = (
         {0: {"val_loss": 1.0}, 1: {"val_loss": 1.2}},
