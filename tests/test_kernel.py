@@ -638,18 +638,19 @@ def test_autocast_leaves_float64_alone():
 
 
 @pytest.mark.parametrize(
-    ("T", "group", "n_slot", "short"),
+    ("B", "T", "group", "n_slot", "short"),
     [
-        (512, 8, 64, True),
-        (512, 8, 65, False),
-        (4096, 16, 8, True),
-        (512, 7, 8, False),
-        (512, 8, 0, False),
-        (8192, 8, 1, False),
+        (1, 512, 8, 32, True),
+        (1, 512, 8, 33, False),
+        (2, 512, 8, 32, False),
+        (4, 4096, 16, 8, True),
+        (1, 512, 7, 8, False),
+        (1, 512, 8, 0, False),
+        (1, 8192, 8, 1, False),
     ],
 )
-def test_which_inputs_are_short(T, group, n_slot, short):
-    q, k = (torch.empty(1, n, T, 64, dtype=torch.bfloat16, device="meta") for n in (2 * group, 2))
+def test_which_inputs_are_short(B, T, group, n_slot, short):
+    q, k = (torch.empty(B, n, T, 64, dtype=torch.bfloat16, device="meta") for n in (2 * group, 2))
     assert kernel._is_short(q, k, n_slot, True) == short and not kernel._is_short(q, k, n_slot, False)
     for other in ((q.float(), k.float()), (q[:, :, 1:], k), (q.repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2))):
         assert not kernel._is_short(*other, n_slot, True)
