@@ -424,7 +424,7 @@ def _is_short(q, k, n_slot, causal):
     """Whether "fused", one launch, beats "triton", two: `experiments.bench short`, measured in groups of 8."""
     (B, n_head, T, head_dim), (_, n_kv_head, T_kv, _) = q.shape, k.shape
     is_usual = causal and T_kv == T and head_dim <= 64 and q.dtype.itemsize == 2
-    is_little = 0 < n_slot and (n_slot <= 8 or B * T * n_slot <= 16_384)
+    is_little = n_slot > 0 and (n_slot <= 8 or B * T * n_slot <= 16_384)
     return is_usual and n_head >= 8 * n_kv_head and T <= 4096 and is_little
 
 
