@@ -373,7 +373,7 @@ def draw_budgets(lines, novels):
     for y, text, side in ((0.0007, "above: MoDA is ahead", "bottom"), (-0.0007, "below: the baseline is", "top")):
         right.text(540, y, text, ha="right", va=side, color=BASELINE, fontsize=9)
     titled(left, "for the same text")
-    titled(right, "for the same time (192M and row3: by the baseline's curve)")
+    titled(right, "for the same time (192M and row3: by a curve)")
     return figure
 
 

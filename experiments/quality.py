@@ -128,20 +128,21 @@ def pays(lines):
     """Whether MoDA pays for its time -> [(group, row, runs, same_text, speed, same_time, how)], a group as in `tries`.
 
     runs: of the row, at its best setting. same_text: differences of loss, minus plain at that setting, seed by seed.
-    speed: `relative_speed`. same_time: minus plain that has read more, as much as it can in the row's time; below zero
-    the row is ahead. how: "measured", by runs of a row of AS_LONG_AS, or "curve", by the power law through plain's
-    losses at the three nearest budgets. None: a number is missing."""
+    speed: `relative_speed`. same_time: each run minus plain that has read more, as much as it can in the row's time;
+    below zero the row is ahead. how: "measured", minus the mean over the seeds of a row of AS_LONG_AS, or "curve", by
+    the power law through plain's losses at the three nearest budgets. None: a number is missing."""
     tried, out = tries(lines), []
     for (*shape, budget), rows in sorted(tried.items()):
         law = law_of(tried, shape, budget)
         same_shape = [line for line in lines if [line["n_layer"], line["norm"], line["optimizer"]] == shape]
-        longer = {row: rows[name] for name, row in AS_LONG_AS.items() if name in rows}
+        longer = {row: rows[name][best_setting(rows[name])] for name, row in AS_LONG_AS.items() if name in rows}
         for row in (row for row in ROWS if row in rows and ROWS[row][1] is not plain):
             runs = [*rows[row][best_setting(rows[row])].values()]
             same_text, speed = at_same_setting(runs, rows.get("plain", {})), relative_speed(same_shape, row)
             same_time, how = None, None
-            if row in longer and (measured := at_same_setting(runs, longer[row])):
-                same_time, how = measured, "measured"
+            if row in longer:
+                beside = statistics.mean(line["val_loss"] for line in longer[row].values())
+                same_time, how = [line["val_loss"] - beside for line in runs], "measured"
             elif speed and law:
                 gained = law[1] * (budget ** -law[2] - (budget / speed) ** -law[2])
                 same_time, how = [delta + gained for delta in same_text], "curve"
