@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # what notices a mutant, the likeliest first
-    "kernel.py": ["test_kernel.py", "test_moda.py"],
+    "kernel.py": ["test_kernel.py", "test_moda.py", "test_fast.py"],
     "sdpa.py": ["test_sdpa.py", "test_kernel.py", "test_moda.py"],
     "moda.py": ["test_moda.py", "test_fast.py"],
     "fast.py": ["test_fast.py", "test_kernel.py"],
@@ -213,6 +213,8 @@ MUTANTS = [  # file, and a function of it; code that is there once, however it i
     ("kernel.py:_backward_kernel", "tl.load(dq_row[:, None] + dim[None, :], mask=in_tile, other=0.0).to(tl.float32)", "tl.zeros([BLOCK_M, D], tl.float32)"),
     ("kernel.py:_backward_kernel", "tl.dot(tl.trans(dz), q_tile,", "tl.dot(tl.trans(dz), do_tile,"),
     ("kernel.py:_backward_kernel", "tl.store(dv_col[:, None] + dim[None, :], dv_tile", "tl.store(dv_col[:, None] + dim[None, :], dk_tile"),
+    ("kernel.py:_is_short", "n_slot <= 8 or B * T", "n_slot <= 8 or T"),
+    ("kernel.py:_is_short", "n_slot > 0 and (", "("),
     ("kernel.py:_backward_kernel", "tl.store(delta + (b * n_head + head) * T_q + token, delta_tile, mask=in_row)", "pass"),
 ]  # fmt: skip
 EQUIVALENT = {  # place, what it becomes: why no test can see it
