@@ -320,47 +320,50 @@ def draw_front(lines, timed):
     axes.annotate("plain Transformer", (0, 0), (9, 4), textcoords="offset points", fontsize=9)
     right = max([extra for extra, *_ in points], default=1)
     axes.set(xlim=(0, 1.25 * right), ylim=(0, None), ylabel="loss below the baseline's, nats per token")
-    axes.set_xlabel("extra time of forward and backward (one H100, width 512)")
+    axes.set_xlabel(
+        "extra time of forward and backward alone, at width 512 (one H100); bars: standard deviation over seeds"
+    )
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-    titled(axes, f"24 layers of 384, {tokens:g} million tokens of C code: what less loss costs in time")
+    titled(axes, f"24 layers of 384, {tokens:g} million tokens of C code: gain against extra time")
     return figure
 
 
 def draw_budgets(lines, novels):
     """How far below plain's the loss is, over the training tokens: for the same text, and for the same time. lines: of
-    "linux"; novels: of the other text; post-norm, Muon, 24 layers; squares: 48. Bars: seeds of the difference, not of
-    the curve. Hollow: one seed. The diamonds are the paper's."""
+    "linux"; novels: of the other text; post-norm, Muon, 24 layers; squares: 48. Bars: seeds. Hollow: one seed. Dashed:
+    read off a curve. The diamonds are the paper's."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    shape, shift = (24, "post", "muon"), {"row3": 0.97, "row4": 1.0, "every4": 1.03}  # so that bars lie side by side
-    small, tried = (of(novels)[(*shape, 1)] for of in (best_runs, tries))
-    for row, offset in shift.items():
-        text, time = {}, {}  # {millions of tokens: the gain of each seed}
-        for group, name, _, same_text, _, same_time, _ in pays(lines):
-            if (*group[:3], name) == (*shape, row):
-                text[group[3]] = [-delta for delta in same_text]
-                if same_time:
-                    time[group[3]] = [-delta for delta in same_time]
-        color = color_of(row)
-        for axes, points in ((left, text), (right, time)):
-            at = sorted(points)
-            axes.plot([n * offset for n in at], [statistics.mean(points[n]) for n in at], color=color)
-        if gains := [-delta for delta in differences(small.get(row, []), small["plain"])]:
-            text[16] = gains
-        if row == "row4":  # plain in its time ran at one setting: minus row 4 at the same
-            time[16] = at_same_setting(small["longer"], tried[row])
-        for axes, points in ((left, text), (right, time)):
-            for n, gains in points.items():
-                error, face = (statistics.stdev(gains), color) if len(gains) > 1 else (None, "white")
-                style = {"fmt": "o", "ms": 7, "color": color, "mfc": face, "capsize": 4}
-                axes.errorbar(n * offset, statistics.mean(gains), yerr=error, zorder=3, **style)
-        for group, name, _, same_text, *_ in pays(lines):
-            if (*group[:3], name) == (48, *shape[1:], row):
-                left.plot(group[3] * offset, -statistics.mean(same_text), "s", ms=7, color=color, mfc="white")
-        left.plot([], [], "o-", color=color, label=ROWS[row][0].replace("+ ", f"{row}: ", 1))
-        if paper := paper_difference(24, "post", row):
-            left.plot(400, -paper, **PAPER_POINTS)
-            left.annotate(row, (400, -paper), (7, -4), textcoords="offset points", fontsize=9)
+    shift = {"row3": 0.97, "row4": 1.0, "every4": 1.03}  # so that bars lie side by side
+    names = {"row3": "MoDA without FFN slots (row3)", "row4": "MoDA (row4)", "every4": "MoDA, every 4th layer reads"}
+    paid, best, tried = pays(lines), best_runs(novels), tries(novels)
+    for n_layer, mark, aside in ((24, "o", 1.0), (48, "s", 1.12)):
+        shape = n_layer, "post", "muon"
+        small, settings = best[(*shape, 1)], tried[(*shape, 1)]
+        for row, offset in ((row, aside * offset) for row, offset in shift.items()):
+            text, time, color = {}, {}, color_of(row)  # {millions of tokens: the gain of each seed}
+            for group, name, _, same_text, _, same_time, _ in paid:
+                if (*group[:3], name) == (*shape, row):
+                    text[group[3]] = [-delta for delta in same_text]
+                    if same_time:
+                        time[group[3]] = [-delta for delta in same_time]
+            for axes, points, line in ((left, text, "-"), (right, time, "--")):
+                at = sorted(points)
+                axes.plot([n * offset for n in at], [statistics.mean(points[n]) for n in at], line, color=color)
+            if gains := [-delta for delta in differences(small.get(row, []), small["plain"])]:
+                text[16] = gains
+            if row == "row4" and n_layer == 24:  # plain in its time ran at one setting: minus row 4 at the same
+                time[16] = at_same_setting(small["longer"], settings[row])
+            for axes, points in ((left, text), (right, time)):
+                for n, gains in points.items():
+                    error, face = (statistics.stdev(gains), color) if len(gains) > 1 else (None, "white")
+                    style = {"fmt": mark, "ms": 7, "color": color, "mfc": face, "capsize": 4}
+                    axes.errorbar(n * offset, statistics.mean(gains), yerr=error, zorder=3, **style)
+            if n_layer == 24:
+                left.plot([], [], "o-", color=color, label=names[row])
+                if paper := paper_difference(24, "post", row):
+                    left.plot(400, -paper, **PAPER_POINTS)
+                    left.annotate(row, (400, -paper), (7, -4), textcoords="offset points", fontsize=9)
     for axes in (left, right):
         axes.axhline(0, color=BASELINE, lw=1.5)
         axes.set(xscale="log", xlabel="training tokens (millions)", xlim=(12, 560))
@@ -368,12 +371,12 @@ def draw_budgets(lines, novels):
         axes.xaxis.set_minor_locator(NullLocator())
     left.set_xticks([16, 64, 192, 400], ["16\nnovels", "64\nC code", "192\nC code", "the paper,\nunknown"])
     left.set_ylabel("nats per token below the baseline's loss")
-    title = "hollow: one seed; squares: 48 layers"
+    title = "squares: 48 layers; hollow: one seed"
     left.legend(frameon=False, fontsize=9, loc="lower right", title=title, title_fontsize=9)
     for y, text, side in ((0.0007, "above: MoDA is ahead", "bottom"), (-0.0007, "below: the baseline is", "top")):
         right.text(540, y, text, ha="right", va=side, color=BASELINE, fontsize=9)
-    titled(left, "for the same text")
-    titled(right, "for the same time (192M and row3: by a curve)")
+    titled(left, "for the same text; bars: standard deviation over seeds")
+    titled(right, "for the same time, 24 layers (192M and row3: by a curve)")
     return figure
 
 
