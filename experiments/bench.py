@@ -271,9 +271,9 @@ def bench_short(args):
             lines[-1].append(f"{median(times['fused']):.3f} / {median(times['triton']):.3f} = {ratio:.2f}")
             result["settings"].append({"B": B, "T": T, "group": group, "n_slot": n_slot, "ms": times})
         print(*lines[-1], sep=" | ", flush=True)
+        write_result("short", result)
     print()
     print_table(lines)
-    write_result("short", result)
 
 
 def naive(q, k, v, depth_k, depth_v):
@@ -529,9 +529,9 @@ def bench_generate(args):
             print(*lines[-1], sep=" | ", flush=True)
         ms = {row: {n: times[row, n] for name, n in times if name == row} for row in counts}
         result["settings"].append({"shape": name, "B": B, "prompt": n_prompt, "ms": ms, "peak_GB": peak})
+        write_result("generate", result)  # whatever is cut, this is kept
     print()
     print_table(lines)
-    write_result("generate", result)
 
 
 SCALE = MoDAConfig(2048, 4096, n_layer=24, n_head=8, n_kv_head=2, n_embd=512)
