@@ -404,6 +404,13 @@ def test_autocast_decides_which_stream():
         assert not model._can_be_fast(model.embed.weight[None])
 
 
+def test_heads_of_12_channels_are_not_fast():
+    """Rows of 24 bytes in bf16, where slots.py wants multiples of 16. An interpreter would not mind."""
+    pytest.importorskip("triton")
+    model = FastMoDA(replace(SMALL, n_embd=48), impl="triton")
+    assert model.config.head_dim == 12 and not model._can_be_fast(model.embed.weight[None])
+
+
 @on_each_device
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_fast_stream_leaves_nothing_behind(checkpointed, device):
